@@ -1,0 +1,214 @@
+"""Everything configurable, as frozen dataclasses, and the one way they are filled in.
+
+Precedence: defaults < environment `FLAME_SECTION__FIELD` < YAML (`--config FILE`, first) < flags.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NoReturn
+
+from flame_jax.packing import Layout
+from flame_jax.schema import FeatureSchema
+
+ENV_PREFIX = "FLAME"
+
+
+@dataclass(frozen=True)
+class StoreConfig:
+    """Where features are read from.
+
+    Attributes:
+        path: folder of the LMDB store.
+    """
+
+    path: str = "runs/demo/store"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Climber (reconstruction), arXiv 2502.09888.
+
+    Attributes:
+        name: name of the model in manifests, metrics and answers.
+        width: model width d.
+        layers: adaptive transformer layers per block.
+        heads: attention heads.
+        head_dim: size of a head.
+        ffn: hidden size of a layer's FFN.
+        gate_reduction: the fusion gate's squeeze factor.
+        head_hidden: hidden size of the top MLP.
+        dtype: computing type of matrix products and activations; weights are float32.
+    """
+
+    name: str = "climber"
+    width: int = 128
+    layers: int = 2
+    heads: int = 2
+    head_dim: int = 64
+    ffn: int = 512
+    gate_reduction: int = 4
+    head_hidden: int = 64
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("width", "layers", "heads", "head_dim", "ffn", "gate_reduction", "head_hidden"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name} must be at least 1, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Training and its evaluation.
+
+    Attributes:
+        checkpoint: folder of the checkpoint, resumed from when it exists.
+        label_actions: per task, the actions that count as a positive label.
+        epochs: passes over the training events.
+        learning_rate: peak of the one-cycle schedule.
+        weight_decay: AdamW's decay.
+        dropout: dropout on token embeddings and on each layer's outputs.
+        tokens: token rows of a training batch.
+        candidates: candidate rows of a training batch.
+        chunk: most candidates taken from one history when training.
+        min_history: events a history holds at least before its next ones become candidates.
+        test_fraction: newest share of each user's events, kept for the test.
+        validation: train without the newest share of the training events as well and report on it, to
+            choose settings; the test events stay untouched.
+        unknown_rate: share of item ids replaced by the out-of-vocabulary row when training.
+        seed: seed of initialisation and sampling.
+    """
+
+    checkpoint: str = "runs/demo/checkpoint"
+    label_actions: dict[str, list[int]] = field(default_factory=lambda: {"score": [0]})
+    epochs: int = 4
+    learning_rate: float = 2e-3
+    weight_decay: float = 1e-2
+    dropout: float = 0.1
+    tokens: int = 4096
+    candidates: int = 1024
+    chunk: int = 32
+    min_history: int = 4
+    test_fraction: float = 0.2
+    validation: bool = False
+    unknown_rate: float = 0.01
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """What the artifact is built for.
+
+    Attributes:
+        artifact: folder the artifact is written to and served from.
+        version: version name in manifest, metrics and answers.
+        buckets: the ladder: pairs of token rows and candidate rows, one executable each.
+        matmul_precision: XLA's precision of float32 matrix products.
+    """
+
+    artifact: str = "runs/demo/artifact"
+    version: str = "1"
+    buckets: tuple[tuple[int, int], ...] = ((512, 128), (1024, 512), (2048, 1024))
+    matmul_precision: Literal["default", "high", "highest"] = "highest"
+
+
+@dataclass(frozen=True)
+class DispatchConfig:
+    """The dispatcher.
+
+    Attributes:
+        executors: executors (slot + executable) per bucket, so batches in flight at most.
+        max_queue: requests waiting at most; one more is refused.
+    """
+
+    executors: int = 2
+    max_queue: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.executors < 1 or self.max_queue < 1:
+            raise ValueError("dispatch.executors and dispatch.max_queue must be at least 1")
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """The gRPC server.
+
+    Attributes:
+        host: address to listen on.
+        port: gRPC port; 0 takes a free one and prints it.
+        metrics_port: Prometheus port; 0 takes a free one and prints it.
+        max_candidates: candidates of one request at most.
+        max_message_mib: size of a message at most, in MiB.
+        max_in_flight: calls being answered at most; one more gets RESOURCE_EXHAUSTED.
+        default_timeout_ms: deadline of a call that brings none.
+        strict_ids: refuse unknown users (NOT_FOUND) and unknown items (INVALID_ARGUMENT) instead of
+            scoring them cold.
+        drain_seconds: after SIGTERM, how long accepted calls may take to finish.
+        traffic_classes: names a request may carry; the first is the default.
+        log_level: level of the log on stderr.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 50051
+    metrics_port: int = 9090
+    max_candidates: int = 4096
+    max_message_mib: int = 16
+    max_in_flight: int = 1024
+    default_timeout_ms: int = 1000
+    strict_ids: bool = False
+    drain_seconds: float = 30.0
+    traffic_classes: tuple[str, ...] = ("default", "critical", "batch")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+
+
+@dataclass(frozen=True)
+class Config:
+    """One file configures every program: import, train, export and serve each read their sections.
+
+    Attributes:
+        schema: what the model reads and answers.
+        layout: constants of the packed batch.
+    """
+
+    store: StoreConfig = StoreConfig()
+    schema: FeatureSchema = FeatureSchema()
+    layout: Layout = Layout()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    export: ExportConfig = ExportConfig()
+    dispatch: DispatchConfig = DispatchConfig()
+    server: ServerConfig = ServerConfig()
+
+
+def load(argv: Sequence[str] | None = None, *, prog: str) -> Config:
+    """Resolve the configuration of one program from environment, file and flags.
+
+    Ends the process with status 2 and one line naming the field when a key is unknown or a value is wrong,
+    when `--config` is not the first argument, or when a `FLAME_SECTION__FIELD` variable names no field.
+    """
+    import jsonargparse
+
+    args = list(sys.argv[1:] if argv is None else argv)
+    parser = jsonargparse.ArgumentParser(prog=prog, env_prefix=ENV_PREFIX, default_env=True, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file; must be the first argument")
+    parser.add_class_arguments(Config)
+    if any(a == "--config" or a.startswith("--config=") for a in args[1:]):
+        refuse(prog, "--config must be the first argument: the file would override the flags before it")
+    known = {f"{ENV_PREFIX}_{name.replace('.', '__').upper()}" for name in parser.get_defaults().keys(branches=True)}
+    for name in sorted(os.environ):
+        if name.startswith(f"{ENV_PREFIX}_") and "__" in name and name not in known:
+            refuse(prog, f"environment variable {name} names no setting")
+    try:
+        init = parser.instantiate(parser.parse_args(args))
+        return Config(**{name: getattr(init, name) for name in Config.__dataclass_fields__})
+    except (jsonargparse.ArgumentError, ValueError) as error:
+        refuse(prog, str(error))
+
+
+def refuse(prog: str, reason: str, status: int = 2) -> NoReturn:
+    """End the process with one clear line on stderr."""
+    print(f"{prog}: error: {' '.join(reason.split())}", file=sys.stderr)
+    raise SystemExit(status)

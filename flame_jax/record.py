@@ -1,0 +1,105 @@
+"""The compact record of one request: everything its slot rows are filled from, in one int32 buffer.
+
+A record crosses from the feature side to the dispatcher as plain memory. Its words, in order:
+candidate count, scenario, request time, history length per block; user features; context features; per block
+the history's item rows, actions and times; the candidates' item rows; one column per item feature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from flame_jax.packing import HISTORY_LENGTH, Extent, Place, feature_field
+from flame_jax.schema import FeatureSchema
+
+_COUNT, _SCENARIO, _TIME, _LENGTHS = range(4)
+
+
+class BlockEvents(NamedTuple):
+    """One block's history, oldest first: int32[n] item rows, actions and times."""
+
+    items: np.ndarray
+    actions: np.ndarray
+    times: np.ndarray
+
+
+class RecordLayout:
+    """Encodes records of one schema and copies them into slots."""
+
+    def __init__(self, schema: FeatureSchema) -> None:
+        self.blocks = len(schema.blocks)
+        self.candidate_action = schema.actions
+        self._request_fields = [feature_field("user", f) for f in schema.user_features]
+        self._request_fields += [feature_field("context", f) for f in schema.context_features]
+        self._item_fields = [feature_field("item", f) for f in schema.item_features]
+        self._head = _LENGTHS + self.blocks
+        self._body = self._head + len(self._request_fields)
+
+    def encode(
+        self,
+        *,
+        scenario: int,
+        request_time: int,
+        request_words: np.ndarray,
+        blocks: Sequence[BlockEvents],
+        candidates: np.ndarray,
+        item_columns: Sequence[np.ndarray],
+    ) -> np.ndarray:
+        """Build a record.
+
+        Args:
+            request_words: int32[user + context features], float features as their bits.
+            blocks: one history per block of the schema.
+            candidates: int32[C] item rows.
+            item_columns: one int32[C] per item feature, float features as their bits.
+        """
+        lengths = [len(block.items) for block in blocks]
+        count = len(candidates)
+        record = np.empty(self._body + 3 * sum(lengths) + count * (1 + len(item_columns)), np.int32)
+        record[_COUNT], record[_SCENARIO], record[_TIME] = count, scenario, request_time
+        record[_LENGTHS : self._head] = lengths
+        record[self._head : self._body] = request_words
+        np.concatenate(
+            [*(part for block in blocks for part in block), candidates, *item_columns], out=record[self._body :]
+        )
+        return record
+
+    def extent(self, record: np.ndarray) -> Extent:
+        """Rows the whole request takes."""
+        return Extent(int(record[_LENGTHS : self._head].max()), int(record[_COUNT]))
+
+    def write(
+        self, slot: Mapping[str, np.ndarray], row: int, place: Place, record: np.ndarray, low: int, high: int
+    ) -> None:
+        """Copy candidates [low, high) of a record, with its whole history, into a slot.
+
+        Args:
+            slot: the slot's field views.
+            row: the request row to fill.
+            place: where the piece lies on the token axis.
+        """
+        item, action, time = slot["item"], slot["action"], slot["time"]
+        lengths, count = record[_LENGTHS : self._head], int(record[_COUNT])
+        slot["rows"][row, :HISTORY_LENGTH] = (*place, high - low, record[_SCENARIO], record[_TIME])
+        slot["rows"][row, HISTORY_LENGTH:] = lengths
+        for name, word in zip(self._request_fields, record[self._head : self._body], strict=True):
+            slot[name].view(np.int32)[row] = word
+
+        at = self._body
+        for block, length in enumerate(lengths.tolist()):
+            rows = slice(place.history_start, place.history_start + length)
+            for column in (item, action, time):
+                column[block, rows] = record[at : at + length]
+                at += length
+        rows = slice(place.candidate_start, place.candidate_start + high - low)
+        item[:, rows] = record[at + low : at + high]
+        action[:, rows] = self.candidate_action
+        time[:, rows] = record[_TIME]
+        for name in self._item_fields:
+            at += count
+            column = slot[name].view(np.int32)
+            first = place.candidate_start - (item.shape[1] - len(column))
+            column[first : first + high - low] = record[at + low : at + high]

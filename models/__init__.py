@@ -1,0 +1,1 @@
+"""Ranking models as Flax modules with pure functions for serving."""

@@ -1,0 +1,58 @@
+"""What each tile of a packed batch belongs to, derived on the device from the request rows."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from flame_jax.packing import CANDIDATE_COUNT, CANDIDATE_START, HISTORY_LENGTH, HISTORY_START, SCENARIO
+
+
+class Tiles(NamedTuple):
+    """One entry per aligned tile of query rows. A tile never belongs to two requests.
+
+    Attributes:
+        start: int32[tiles], the tile's first token row.
+        request: int32[tiles], its request's row; 0 for padding, whose rows nobody reads.
+        history_start: int32[tiles], first key row of that request.
+        history_length: int32[tiles, blocks], keys per block; 0 for padding.
+        is_history: bool[tiles], whether the tile lies in the history part.
+        scenario: int32[tiles].
+    """
+
+    start: jax.Array
+    request: jax.Array
+    history_start: jax.Array
+    history_length: jax.Array
+    is_history: jax.Array
+    scenario: jax.Array
+
+
+def tiles(rows: jax.Array, *, align: int, first: int, last: int) -> Tiles:
+    """Describe the tiles of token rows [first, last).
+
+    Args:
+        rows: int32[R, 5 + blocks], the request rows of the packed layout; an unused row holds zeros.
+        align: tile size; `first` and `last` are multiples of it.
+    """
+    start = jnp.arange(first, last, align, dtype=jnp.int32)
+    lengths = rows[:, HISTORY_LENGTH:]
+
+    def inside(begin: jax.Array, count: jax.Array) -> jax.Array:
+        offset = start[:, None] - begin[None, :]
+        return (offset >= 0) & (offset < count[None, :])
+
+    history = inside(rows[:, HISTORY_START], lengths.max(axis=1))
+    either = history | inside(rows[:, CANDIDATE_START], rows[:, CANDIDATE_COUNT])
+    request = jnp.argmax(either, axis=1).astype(jnp.int32)
+    used = either.any(axis=1)
+    return Tiles(
+        start=start,
+        request=request,
+        history_start=jnp.where(used, rows[request, HISTORY_START], 0),
+        history_length=jnp.where(used[:, None], lengths[request], 0),
+        is_history=history.any(axis=1),
+        scenario=jnp.where(used, rows[request, SCENARIO], 0),
+    )

@@ -1,0 +1,1 @@
+"""SUMI attention (single user, multiple items) on packed batches."""

@@ -1,0 +1,1 @@
+"""The wire format. `ranking_pb2*` are generated from `ranking.proto` by `make proto`."""
