@@ -1,0 +1,1 @@
+"""Dynamic Stream Orchestrator: batches, splits and runs requests over pre-built executors."""

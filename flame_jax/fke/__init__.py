@@ -1,0 +1,1 @@
+"""Fused Kernel Engine: ahead-of-time artifacts and the compiled engine."""

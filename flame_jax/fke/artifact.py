@@ -1,0 +1,211 @@
+"""What is served, as a folder: manifest, weights, vocabulary, one executable per bucket.
+
+Every file but the manifest is read whole and hashed before a byte of it is parsed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from flame_jax.config import ModelConfig
+from flame_jax.fke.buckets import Ladder, make_ladder
+from flame_jax.packing import Bucket, Layout
+from flame_jax.schema import FeatureSchema
+from flame_jax.vocabulary import Vocabulary
+
+FORMAT = 1
+MANIFEST, WEIGHTS, VOCABULARY = "manifest.json", "weights.safetensors", "vocabulary.npy"
+
+
+class ArtifactError(Exception):
+    """The artifact can't be used; the message is one clear line for the operator."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What executables were built for; another machine must match it.
+
+    Attributes:
+        platform: JAX's platform, `cpu` or `cuda`.
+        device_kind: JAX's name of the device.
+        jaxlib: version.
+    """
+
+    platform: str
+    device_kind: str
+    jaxlib: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an artifact says of itself.
+
+    Attributes:
+        kernels: implementation per op.
+        files: SHA-256 per file name.
+    """
+
+    version: str
+    model: ModelConfig
+    schema: FeatureSchema
+    layout: Layout
+    buckets: Ladder
+    target: Target
+    matmul_precision: str
+    kernels: dict[str, str]
+    files: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists and dicts."""
+        return {"format": FORMAT} | asdict(self) | {"schema": self.schema.to_json()}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Manifest:
+        """Inverse of `to_json`. Raises ValueError, TypeError or KeyError for anything else."""
+        schema, layout = FeatureSchema.from_json(data["schema"]), Layout(**data["layout"])
+        return cls(
+            version=str(data["version"]),
+            model=ModelConfig(**data["model"]),
+            schema=schema,
+            layout=layout,
+            buckets=make_ladder(data["buckets"], schema, layout),
+            target=Target(**data["target"]),
+            matmul_precision=str(data["matmul_precision"]),
+            kernels=dict(data["kernels"]),
+            files=dict(data["files"]),
+        )
+
+
+def executable_name(bucket: Bucket) -> str:
+    """File name of a bucket's executable."""
+    return f"{bucket}.executable"
+
+
+def jaxlib_version() -> str:
+    """Version of the installed jaxlib."""
+    return importlib.metadata.version("jaxlib")
+
+
+def write_artifact(
+    path: Path,
+    *,
+    version: str,
+    model: ModelConfig,
+    schema: FeatureSchema,
+    layout: Layout,
+    target: Target,
+    matmul_precision: str,
+    kernels: Mapping[str, str],
+    weights: Mapping[str, np.ndarray],
+    vocabulary: Vocabulary,
+    executables: Mapping[Bucket, bytes],
+) -> Manifest:
+    """Write an artifact beside `path`, then put it there in one rename; an older one there is replaced."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    partial.mkdir()
+    try:
+        safetensors.numpy.save_file(dict(weights), partial / WEIGHTS)
+        vocabulary.save(partial / VOCABULARY)
+        for bucket, payload in executables.items():
+            (partial / executable_name(bucket)).write_bytes(payload)
+        manifest = Manifest(
+            version=version,
+            model=model,
+            schema=schema,
+            layout=layout,
+            buckets=tuple(sorted(executables)),
+            target=target,
+            matmul_precision=matmul_precision,
+            kernels=dict(kernels),
+            files={f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(partial.iterdir())},
+        )
+        (partial / MANIFEST).write_text(json.dumps(manifest.to_json(), indent=1) + "\n")
+        _replace(partial, path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return manifest
+
+
+def _replace(new: Path, path: Path) -> None:
+    if path.exists():
+        old = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        os.rename(path, old)
+        os.rename(new, path)
+        shutil.rmtree(old)
+    else:
+        os.rename(new, path)
+
+
+class Artifact:
+    """An artifact on disk, its manifest read.
+
+    Raises:
+        ArtifactError: nothing there, or no manifest of this format.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            data = json.loads((self.path / MANIFEST).read_text())
+        except FileNotFoundError:
+            raise ArtifactError(f"no artifact at {path}: {MANIFEST} is missing; run flame_jax.export first") from None
+        except (OSError, ValueError) as error:
+            raise ArtifactError(f"artifact {path} has an unreadable {MANIFEST}: {error}") from error
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise ArtifactError(f"artifact {path} is not of format {FORMAT}, which this program reads")
+        try:
+            self.manifest = Manifest.from_json(data)
+        except (ValueError, TypeError, KeyError) as error:
+            raise ArtifactError(f"artifact {path} has a bad {MANIFEST}: {error}") from error
+
+    def check_target(self, platform: str, device_kind: str) -> None:
+        """Raise ArtifactError when the executables were built for another device or jaxlib."""
+        ours = Target(platform, device_kind, jaxlib_version())
+        for name, built in asdict(self.manifest.target).items():
+            here = getattr(ours, name)
+            if built != here:
+                raise ArtifactError(
+                    f"artifact {self.path} was built for {name} {built!r}, this process has {here!r}: export it again"
+                )
+
+    def read(self, name: str) -> bytes:
+        """One file's bytes, once their hash is the manifest's. Raises ArtifactError otherwise."""
+        expected = self.manifest.files.get(name)
+        if expected is None:
+            raise ArtifactError(f"artifact {self.path} does not list {name}")
+        try:
+            data = (self.path / name).read_bytes()
+        except OSError as error:
+            raise ArtifactError(f"artifact {self.path} lacks {name}: {error.strerror}") from error
+        if hashlib.sha256(data).hexdigest() != expected:
+            raise ArtifactError(f"artifact {self.path} is damaged: {name} does not match its hash")
+        return data
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """Name -> host array."""
+        try:
+            return safetensors.numpy.load(self.read(WEIGHTS))
+        except safetensors.SafetensorError as error:
+            raise ArtifactError(f"artifact {self.path} has unreadable weights: {error}") from error
+
+    def vocabulary(self) -> Vocabulary:
+        """The item vocabulary."""
+        try:
+            return Vocabulary.from_bytes(self.read(VOCABULARY))
+        except ValueError as error:
+            raise ArtifactError(f"artifact {self.path} has an unreadable vocabulary: {error}") from error

@@ -1,0 +1,111 @@
+"""Ahead-of-time compilation of a model for one bucket, and the counter that proves nothing compiles later."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import serialize_executable
+
+from flame_jax.config import ModelConfig
+from flame_jax.models.serving import abstract_model, flat_weights_shapes, rank_function
+from flame_jax.packing import Bucket, Layout, slot_layout
+from flame_jax.schema import FeatureSchema
+
+_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+
+# What a serialised executable of ours is made of besides the native code, which comes as a persistent id.
+_ALLOWED = frozenset(
+    {
+        ("jax", "P"),
+        ("jax._src.core", "ManualAxisType"),
+        ("jax._src.core", "MemorySpace"),
+        ("jax._src.core", "ShapedArray"),
+        ("jax._src.interpreters.pxla", "AllArgsInfo"),
+        ("jax._src.interpreters.pxla", "UnloadedMeshExecutable"),
+        ("jax._src.layout", "AutoLayoutSingleton"),
+        ("jax._src.layout", "Layout"),
+        ("jax._src.linear_util", "DebugInfo"),
+        ("jax._src.mesh", "AbstractMesh"),
+        ("jax._src.named_sharding", "_unpickle_named_sharding"),
+        ("jax._src.sharding_impls", "_unpickle_single_device_sharding"),
+        ("jax._src.stages", "ArgInfo"),
+        ("jaxlib._jax", "DeviceList"),
+        ("numpy", "dtype"),
+    }
+)
+
+
+class CompileCounter:
+    """Counts XLA compilations in this process from the moment it is made."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event: str, duration_secs: float, **_: Any) -> None:
+        if event == _COMPILE_EVENT:
+            self.count += 1
+
+
+def platform_of(device: jax.Device) -> str:
+    """`cuda` or `rocm` for a GPU of that make, else JAX's own name (`cpu`, `tpu`)."""
+    if device.platform != "gpu":
+        return str(device.platform)
+    return "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"
+
+
+def compile_bucket(
+    model: ModelConfig,
+    schema: FeatureSchema,
+    layout: Layout,
+    bucket: Bucket,
+    vocabulary: int,
+    *,
+    precision: str,
+    device: jax.Device,
+) -> jax.stages.Compiled:
+    """Compile `rank(weights, slot)` of one bucket for one device."""
+    slot = slot_layout(schema, layout, bucket)
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    weights = [
+        jax.ShapeDtypeStruct(shape, np.float32, sharding=sharding)
+        for shape in flat_weights_shapes(abstract_model(model, schema, vocabulary)).values()
+    ]
+    words = jax.ShapeDtypeStruct((slot.words,), np.int32, sharding=sharding)
+    function = rank_function(model, schema, layout, slot, vocabulary)
+    with jax.default_matmul_precision(precision):
+        return jax.jit(function).lower(weights, words).compile()
+
+
+def serialize(compiled: jax.stages.Compiled) -> bytes:
+    """An executable as bytes, for `deserialize`."""
+    payload: bytes = serialize_executable.serialize(compiled)[0]
+    return payload
+
+
+def deserialize(payload: bytes, weights: int, device: jax.Device) -> jax.stages.Compiled:
+    """Load an executable made by `serialize`.
+
+    Args:
+        payload: bytes whose origin is trusted: executables are native code. The pickle around it may name
+            only the classes that one of ours is made of.
+        weights: length of the flat list.
+
+    Raises:
+        pickle.UnpicklingError: the payload names any other class, or is damaged.
+    """
+    unpickler = _Unpickler(io.BytesIO(payload), device.client, [device])
+    unloaded, info, no_kwargs = unpickler.load()
+    arguments = jax.tree.unflatten(jax.tree.structure((([0] * weights, 0), {})), info)
+    return jax.stages.Compiled(unloaded.load(), [], arguments, jax.tree.structure(0), no_kwargs=no_kwargs)
+
+
+class _Unpickler(serialize_executable._JaxPjrtUnpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ALLOWED:
+            raise pickle.UnpicklingError(f"an executable may not name {module}.{name}")
+        return super().find_class(module, name)

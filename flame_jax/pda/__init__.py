@@ -1,0 +1,1 @@
+"""Proximal Data Accelerator: feature store, assembly, staging."""

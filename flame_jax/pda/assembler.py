@@ -1,0 +1,77 @@
+"""From a validated request and its features to one compact record."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from flame_jax.pda.records import feature_row
+from flame_jax.pda.store import Fetched
+from flame_jax.record import BlockEvents, RecordLayout
+from flame_jax.request import FeatureReport, History, RankRequest
+from flame_jax.schema import FeatureSchema, record_dtype
+from flame_jax.vocabulary import UNKNOWN_ROW, Vocabulary
+
+
+class Assembled(NamedTuple):
+    """A record (`flame_jax.record`) and what to report about its features."""
+
+    record: np.ndarray
+    report: FeatureReport
+
+
+class Assembler:
+    """Turns requests of one model into records."""
+
+    def __init__(self, schema: FeatureSchema, vocabulary: Vocabulary) -> None:
+        self._schema, self._vocabulary = schema, vocabulary
+        self.layout = RecordLayout(schema)
+        self._cold_user = np.zeros((), record_dtype(schema.user_features))
+        self._selects = [np.isin(np.arange(schema.actions), b.actions or range(schema.actions)) for b in schema.blocks]
+
+    def assemble(self, request: RankRequest, fetched: Fetched) -> Assembled:
+        """Build the record of one request.
+
+        An inline history replaces the store's; the user's features still come from the store. Events later
+        than the request's time are left out, and each block keeps its newest `block_length` events.
+        """
+        user = fetched.user
+        history = request.history if request.history is not None else user.history if user else History.empty()
+        blocks, truncated = self._extract(history, request.request_time)
+        features = user.features if user else self._cold_user
+        context = feature_row(self._schema.context_features, request.context)
+        candidates = self._vocabulary.lookup(request.candidates)
+        record = self.layout.encode(
+            scenario=request.scenario,
+            request_time=request.request_time,
+            request_words=np.frombuffer(features.tobytes() + context.tobytes(), np.int32),
+            blocks=blocks,
+            candidates=candidates,
+            item_columns=[fetched.items[f.name].view(np.int32) for f in self._schema.item_features],
+        )
+        report = FeatureReport(
+            unknown_user=user is None and request.history is None,
+            truncated_history=truncated,
+            unknown_items=int(np.count_nonzero(candidates == UNKNOWN_ROW)),
+            missing_items=int(np.count_nonzero(~fetched.found)),
+        )
+        return Assembled(record, report)
+
+    def _extract(self, history: History, request_time: int) -> tuple[list[BlockEvents], bool]:
+        """Multi-scale sequence extraction: per block the newest events of its strategy."""
+        past = int(np.searchsorted(history.timestamps, request_time, side="right"))
+        actions = history.actions[:past]
+        length, truncated, blocks = self._schema.block_length, False, []
+        for select in self._selects:
+            chosen = np.flatnonzero(select[actions])
+            truncated |= len(chosen) > length
+            chosen = chosen[-length:]
+            blocks.append(
+                BlockEvents(
+                    self._vocabulary.lookup(history.item_ids[chosen]),
+                    actions[chosen],
+                    history.timestamps[chosen].astype(np.int32),
+                )
+            )
+        return blocks, truncated

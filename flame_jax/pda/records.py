@@ -1,0 +1,128 @@
+"""How a user's history and an item's features lie in a store: packed blobs that echo their key."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from flame_jax.request import History
+from flame_jax.schema import Feature, FeatureSchema, record_dtype
+
+_HEADER = struct.Struct("<4sIII")
+_MAGIC = b"FLU1"
+_ID = np.dtype("<i8")
+
+
+class CorruptRecord(Exception):
+    """A stored value is not what its key promises."""
+
+
+class UserRecord(NamedTuple):
+    """What the store knows of one user: events oldest first, and a structured[()] row of features."""
+
+    history: History
+    features: np.ndarray
+
+
+def user_dtype(schema: FeatureSchema) -> np.dtype[Any]:
+    """Structured dtype of a user's features."""
+    return record_dtype(schema.user_features)
+
+
+def item_dtype(schema: FeatureSchema) -> np.dtype[Any]:
+    """Structured dtype of an item's stored row: its id, then its features."""
+    features = record_dtype(schema.item_features)
+    return np.dtype([("id", "<i8"), *((name, features[name]) for name in features.names or ())])
+
+
+def feature_row(features: tuple[Feature, ...], values: Mapping[str, int | float]) -> np.ndarray:
+    """A structured[()] row from named values; missing ones are 0.
+
+    Raises:
+        ValueError: an unknown name, or a value outside its feature's range.
+    """
+    row = np.zeros((), record_dtype(features))
+    if unknown := set(values) - {f.name for f in features}:
+        raise ValueError(f"unknown features {sorted(unknown)}")
+    for feature in features:
+        value = values.get(feature.name, 0)
+        if feature.kind == "numeric":
+            with np.errstate(over="ignore"):
+                value = float(np.float32(value))
+            if not np.isfinite(value):
+                raise ValueError(f"feature {feature.name!r} is not a finite float32")
+        elif isinstance(value, float) or not 0 <= value < feature.limit:
+            raise ValueError(f"feature {feature.name!r} must be an integer in [0, {feature.limit})")
+        row[feature.name] = value
+    return row
+
+
+def encode_user(key: str, history: History, features: np.ndarray) -> bytes:
+    """One blob: header, key, ids int64[n], times int64[n], actions int32[n], features."""
+    name, tail = key.encode(), features.tobytes()
+    return b"".join(
+        (
+            _HEADER.pack(_MAGIC, len(name), len(history), len(tail)),
+            name,
+            history.item_ids.astype("<i8").tobytes(),
+            history.timestamps.astype("<i8").tobytes(),
+            history.actions.astype("<i4").tobytes(),
+            tail,
+        )
+    )
+
+
+def decode_user(key: str, blob: bytes | memoryview, dtype: np.dtype[Any]) -> UserRecord:
+    """Inverse of `encode_user`.
+
+    Raises:
+        CorruptRecord: the blob is short, of another format or schema, or of another user.
+    """
+    if len(blob) < _HEADER.size:
+        raise CorruptRecord("user record is shorter than its header")
+    magic, name_length, events, tail = _HEADER.unpack_from(blob)
+    if magic != _MAGIC or tail != dtype.itemsize:
+        raise CorruptRecord("user record is of another format or schema")
+    if len(blob) != _HEADER.size + name_length + 20 * events + tail:
+        raise CorruptRecord("user record has the wrong length")
+    at = _HEADER.size + name_length
+    if bytes(blob[_HEADER.size : at]) != key.encode():
+        raise CorruptRecord("user record belongs to another user")
+
+    def column(of: str) -> np.ndarray:
+        nonlocal at
+        values = np.frombuffer(blob, of, events, at).copy()  # the blob is gone once its transaction ends
+        at += values.nbytes
+        return values
+
+    ids, times, actions = column("<i8"), column("<i8"), column("<i4")
+    row = np.frombuffer(bytes(blob[at:]), dtype).reshape(()) if tail else np.zeros((), dtype)
+    return UserRecord(History(ids, actions, times), row)
+
+
+def decode_items(ids: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Line stored rows up with the ids asked for.
+
+    Args:
+        ids: int64[n], sorted and distinct.
+        rows: structured[m], m <= n, the rows found, in the order of their ids.
+
+    Returns:
+        structured[n] with zeros where nothing was found, and bool[n], whether it was.
+
+    Raises:
+        CorruptRecord: a row echoes an id that was not asked for.
+    """
+    out = np.zeros(len(ids), rows.dtype)
+    found = np.zeros(len(ids), bool)
+    if len(rows):
+        at = np.minimum(np.searchsorted(ids, rows["id"]), len(ids) - 1)
+        if (ids[at] != rows["id"]).any():
+            raise CorruptRecord("item record belongs to another item")
+        out[at] = rows
+        found[at] = True
+    out["id"] = ids
+    return out, found

@@ -1,0 +1,109 @@
+"""Checkpoints: everything needed to export a model, in one Orbax folder readable without this code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from flame_jax.config import ModelConfig
+from flame_jax.schema import FeatureSchema
+from flame_jax.vocabulary import Vocabulary
+
+KEEP = 2
+
+
+class CheckpointError(Exception):
+    """The checkpoint can't be used; the message is one clear line for the operator."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's description and weights at one step.
+
+    Attributes:
+        step: training step (epoch) it was saved at.
+        weights: name -> float32 array (docs/models.md).
+        optimizer: leaves of the optimiser's state, in its own order.
+    """
+
+    step: int
+    model: ModelConfig
+    schema: FeatureSchema
+    vocabulary: Vocabulary
+    weights: Mapping[str, np.ndarray]
+    optimizer: Sequence[np.ndarray]
+
+    def check_fits(self, model: ModelConfig, schema: FeatureSchema, path: str | Path) -> None:
+        """Raise CheckpointError, naming what differs, unless it was made for this configuration."""
+        theirs = {"model": asdict(self.model), "schema": self.schema.to_json()}
+        for section, ours in (("model", asdict(model)), ("schema", schema.to_json())):
+            for name, value in ours.items():
+                if theirs[section][name] != value:
+                    raise CheckpointError(
+                        f"checkpoint {path} does not fit the configuration: {section}.{name} is "
+                        f"{theirs[section][name]!r} there and {value!r} here"
+                    )
+
+
+class CheckpointFolder:
+    """Saves and loads checkpoints of one training run; the newest two are kept."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._orbax = ocp.training.Checkpointer(
+            self.path.absolute(), preservation_policy=ocp.training.preservation_policies.LatestN(KEEP)
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self._orbax.close()
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write one step, whole or not at all."""
+        self._orbax.save(
+            checkpoint.step,
+            {
+                "weights": dict(checkpoint.weights),
+                "optimizer": list(checkpoint.optimizer),
+                "vocabulary": checkpoint.vocabulary.keys,
+            },
+            custom_metadata={"model": asdict(checkpoint.model), "schema": checkpoint.schema.to_json()},
+        )
+
+    def latest(self) -> Checkpoint | None:
+        """The newest step, None when there is none. Raises CheckpointError for one that can't be read."""
+        newest = self._orbax.latest
+        if newest is None:
+            return None
+        try:
+            tree: Any = self._orbax.load(newest)
+            about: Any = self._orbax.metadata(newest).custom_metadata
+            return Checkpoint(
+                step=newest.step,
+                model=ModelConfig(**about["model"]),
+                schema=FeatureSchema.from_json(about["schema"]),
+                vocabulary=Vocabulary(tree["vocabulary"]),
+                weights=tree["weights"],
+                optimizer=tree["optimizer"],
+            )
+        except (KeyError, TypeError, ValueError, OSError) as error:
+            raise CheckpointError(f"checkpoint {self.path} can't be read: {error}") from error
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """The newest checkpoint in a folder. Raises CheckpointError when there is none."""
+    if not Path(path).is_dir():
+        raise CheckpointError(f"no checkpoint at {path}: run flame_jax.train first")
+    with CheckpointFolder(path) as folder:
+        checkpoint = folder.latest()
+    if checkpoint is None:
+        raise CheckpointError(f"no checkpoint at {path}: run flame_jax.train first")
+    return checkpoint

@@ -1,0 +1,91 @@
+"""A model as a pure function of a flat list of weights and one slot: what is compiled and served."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from flame_jax.config import ModelConfig
+from flame_jax.models.climber import Climber
+from flame_jax.packing import Layout, SlotLayout
+from flame_jax.schema import FeatureSchema
+
+RankFunction = Callable[[Sequence[jax.Array], jax.Array], jax.Array]
+
+
+def flat_weights(model: nnx.Module) -> dict[str, np.ndarray]:
+    """Name -> host array, in the order of the flat list."""
+    return {name: np.asarray(leaf[...]) for name, leaf in _named(model)}
+
+
+def flat_weights_shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
+    """Name -> shape, in the order of the flat list."""
+    return {name: tuple(leaf.shape) for name, leaf in _named(model)}
+
+
+def _named(model: nnx.Module) -> list[tuple[str, Any]]:
+    return [("/".join(map(str, path)), leaf) for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))]
+
+
+def abstract_model(config: ModelConfig, schema: FeatureSchema, vocabulary: int) -> Climber:
+    """The model with shapes in place of weights."""
+    return nnx.eval_shape(lambda: Climber(config, schema, vocabulary, rngs=nnx.Rngs(0)))
+
+
+def check_weights(model: nnx.Module, weights: Mapping[str, Any]) -> None:
+    """Compare names and shapes with the model's.
+
+    Raises:
+        ValueError: naming every missing, extra and misshapen weight.
+    """
+    expected = flat_weights_shapes(model)
+    problems = [f"missing {name}" for name in expected if name not in weights]
+    problems += [f"extra {name}" for name in weights if name not in expected]
+    problems += [
+        f"{name} is {tuple(weights[name].shape)}, expected {shape}"
+        for name, shape in expected.items()
+        if name in weights and tuple(weights[name].shape) != shape
+    ]
+    if problems:
+        raise ValueError("weights do not fit the model: " + "; ".join(problems))
+
+
+def load_weights(model: nnx.Module, weights: Mapping[str, Any]) -> None:
+    """Put weights into a model. Raises ValueError, and changes nothing, when they do not fit."""
+    check_weights(model, weights)
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    nnx.update(
+        model, nnx.from_flat_state([(p, leaf.replace(jnp.asarray(weights["/".join(map(str, p))]))) for p, leaf in flat])
+    )
+
+
+def unpack(slot: jax.Array, layout: SlotLayout) -> dict[str, jax.Array]:
+    """Split a slot int32[words] into its fields, inside the program."""
+    fields = {}
+    for field in layout.fields:
+        words = jax.lax.slice(slot, (field.offset,), (field.offset + field.words,))
+        if field.dtype == np.float32:
+            words = jax.lax.bitcast_convert_type(words, jnp.float32)
+        fields[field.name] = words.reshape(field.shape)
+    return fields
+
+
+def rank_function(
+    config: ModelConfig, schema: FeatureSchema, layout: Layout, slot: SlotLayout, vocabulary: int
+) -> RankFunction:
+    """`rank(weights, slot int32[words]) -> float32[C_max, tasks]`, the probability of every candidate row."""
+    graph, state = nnx.split(abstract_model(config, schema, vocabulary))
+    flat = nnx.to_flat_state(state)
+
+    def rank(weights: Sequence[jax.Array], words: jax.Array) -> jax.Array:
+        leaves = [(path, leaf.replace(w)) for (path, leaf), w in zip(flat, weights, strict=True)]
+        model = nnx.merge(graph, nnx.from_flat_state(leaves))
+        logits = model(unpack(words, slot), layout=layout, candidates=slot.bucket.candidates)
+        return jax.nn.sigmoid(logits)
+
+    return rank

@@ -1,0 +1,212 @@
+"""Start, serve, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from functools import partial
+
+import grpc
+import jax
+import uvloop
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from flame_jax.config import Config, load, refuse
+from flame_jax.dso.dispatcher import Dispatcher
+from flame_jax.dso.executor import Executor
+from flame_jax.fke.artifact import Artifact, ArtifactError
+from flame_jax.fke.compile import CompileCounter
+from flame_jax.fke.engine import Engine
+from flame_jax.pda.assembler import Assembler
+from flame_jax.pda.lmdb_store import LmdbStore
+from flame_jax.pda.store import StoreError
+from flame_jax.server.metrics import Metrics
+from flame_jax.server.ranking import SERVICE, Inbox, RankingService
+
+# The generated module registers the message types that reflection describes.
+from flame_jax.server.proto import ranking_pb2  # noqa: F401  isort: skip
+
+PROG = "python -m flame_jax.server"
+
+log = logging.getLogger("flame_jax.server")
+
+
+class StartError(Exception):
+    """The server can't start; the message is one clear line."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Serve until SIGTERM; the process's exit status says how it ended."""
+    config = load(argv, prog=PROG)
+    logging.basicConfig(
+        level=config.server.log_level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    log.info("configuration: %s", json.dumps(dataclasses.asdict(config)))
+    try:
+        status = uvloop.run(serve(config))
+    except (StartError, ArtifactError, StoreError) as error:
+        refuse(PROG, str(error), status=1)
+    raise SystemExit(status)
+
+
+async def serve(config: Config) -> int:
+    """Load everything, answer calls until told to stop, drain.
+
+    Raises:
+        StartError, ArtifactError, StoreError: something needed at start is missing or doesn't fit.
+    """
+    settings = config.server
+    metrics = Metrics()
+    server, port = _bind(config)
+    artifact = Artifact(config.export.artifact)
+    manifest = artifact.manifest
+    store = LmdbStore(config.store.path, manifest.schema)
+    try:
+        metrics_port = metrics.listen(settings.host, settings.metrics_port)
+    except OSError as error:
+        raise StartError(
+            f"metrics port {_address(settings.host, settings.metrics_port)} is taken: {error.strerror}"
+        ) from error
+
+    loop = asyncio.get_running_loop()
+    stopped: asyncio.Future[int] = loop.create_future()
+
+    def die() -> None:
+        loop.call_soon_threadsafe(_stop, stopped, 1)
+
+    engine = Engine(artifact, jax.devices()[0])
+    engine.warm()
+    assembler = Assembler(manifest.schema, engine.vocabulary)
+    inbox = Inbox(loop)
+    dispatcher = Dispatcher(
+        [
+            Executor(engine, bucket, assembler.layout, manifest.layout)
+            for bucket in manifest.buckets
+            for _ in range(config.dispatch.executors)
+        ],
+        manifest.buckets,
+        manifest.layout,
+        assembler.layout,
+        tasks=len(manifest.schema.tasks),
+        max_queue=config.dispatch.max_queue,
+        on_done=inbox.deliver,
+        on_fatal=die,
+    )
+    service = RankingService(
+        schema=manifest.schema,
+        model=manifest.model.name,
+        version=manifest.version,
+        config=settings,
+        store=store,
+        assembler=assembler,
+        dispatcher=dispatcher,
+        inbox=inbox,
+        metrics=metrics,
+    )
+    compiles = CompileCounter()
+    _export(metrics, engine, service, dispatcher, compiles)
+    checks = health.aio.HealthServicer()
+    server.add_generic_rpc_handlers((service.handler(),))
+    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    await server.start()
+    for name in ("", SERVICE):
+        await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, _on_signal, stopped)
+    print(
+        f"READY grpc={_address(settings.host, port)} metrics={_address(settings.host, metrics_port)} "
+        f"model={manifest.model.name} version={manifest.version} buckets={len(manifest.buckets)}",
+        flush=True,
+    )
+
+    status = await stopped
+    log.info("draining %d calls", service.in_flight)
+    service.draining = True
+    await checks.enter_graceful_shutdown()
+    await _drained(service, settings.drain_seconds)
+    await server.stop(grace=1.0)
+    if status == 0:
+        await asyncio.to_thread(dispatcher.stop)
+    store.close()
+    log.info("stopped; %d compilations after READY", compiles.count)
+    return status
+
+
+def _bind(config: Config) -> tuple[grpc.aio.Server, int]:
+    """Take the port before anything slow is loaded."""
+    settings = config.server
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    address = _address(settings.host, settings.port)
+    taken = StartError(f"gRPC port {address} can't be bound; is it taken?")
+    try:
+        # gRPC prints a line of its own when it can't bind, so ask the kernel first.
+        socket.create_server((settings.host, settings.port), family=family).close()
+    except OSError as error:
+        raise taken from error
+    size = settings.max_message_mib << 20
+    server = grpc.aio.server(
+        options=[
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_receive_message_length", size),
+            ("grpc.max_send_message_length", size),
+        ]
+    )
+    try:
+        return server, server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise taken from error
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _export(
+    metrics: Metrics, engine: Engine, service: RankingService, dispatcher: Dispatcher, compiles: CompileCounter
+) -> None:
+    manifest = engine.manifest
+    metrics.model(
+        {
+            "name": manifest.model.name,
+            "version": manifest.version,
+            "platform": manifest.target.platform,
+            "device_kind": manifest.target.device_kind,
+            **{f"kernel_{op}": implementation for op, implementation in manifest.kernels.items()},
+        }
+    )
+    metrics.gauge("flame_compiles_after_ready", "XLA compilations since the server was ready", lambda: compiles.count)
+    metrics.gauge("flame_in_flight", "Calls being answered", lambda: service.in_flight)
+    metrics.gauge("flame_queued", "Requests waiting for the dispatcher", lambda: dispatcher.queued)
+    for bucket in dispatcher.launched:
+        read = partial(dispatcher.launched.__getitem__, bucket)
+        metrics.gauge("flame_batches", "Batches launched", read, bucket=bucket)
+
+
+def _on_signal(stopped: asyncio.Future[int]) -> None:
+    """The first signal drains; a second one ends the process at once."""
+    if stopped.done():
+        log.warning("second signal: stopping without drain")
+        raise SystemExit(1)
+    _stop(stopped, 0)
+
+
+def _stop(stopped: asyncio.Future[int], status: int) -> None:
+    if not stopped.done():
+        stopped.set_result(status)
+
+
+async def _drained(service: RankingService, seconds: float) -> None:
+    try:
+        async with asyncio.timeout(seconds):
+            while service.in_flight:
+                await asyncio.sleep(0.01)
+    except TimeoutError:
+        log.warning("%d calls did not finish within server.drain_seconds", service.in_flight)

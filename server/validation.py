@@ -1,0 +1,111 @@
+"""From the bytes of a message to a validated request. Ids and times are checked as 64-bit integers."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+from google.protobuf.message import DecodeError
+
+from flame_jax.config import ServerConfig
+from flame_jax.packing import MAX_TIME
+from flame_jax.pda.records import feature_row
+from flame_jax.pda.store import MAX_USER_KEY
+from flame_jax.request import History, RankRequest
+from flame_jax.schema import FeatureSchema
+from flame_jax.server.errors import Fault, RankError
+from flame_jax.server.proto import ranking_pb2
+
+MAX_REQUEST_ID = 256
+
+
+class Validator:
+    """Checks messages against what one server serves."""
+
+    def __init__(self, schema: FeatureSchema, model: str, version: str, config: ServerConfig) -> None:
+        self._schema, self._model, self._version, self._config = schema, model, version, config
+
+    def parse(self, message: bytes) -> tuple[RankRequest, str]:
+        """The request and its request id. Raises RankError."""
+        try:
+            wire = ranking_pb2.RankRequest.FromString(message)
+        except DecodeError:
+            raise RankError(Fault.MALFORMED_MESSAGE) from None
+        self._check_routing(wire)
+        _require(_usable(wire.user, MAX_USER_KEY) and wire.user != "", Fault.BAD_USER)
+        _require(len(wire.request_id.encode()) <= MAX_REQUEST_ID, Fault.BAD_REQUEST_ID)
+        request_time = wire.request_time if wire.HasField("request_time") else int(time.time())
+        _require(0 <= request_time <= MAX_TIME, Fault.BAD_REQUEST_TIME)
+        candidates = self._candidates(wire.candidate_ids)
+        _require(wire.top_k <= self._config.max_candidates, Fault.BAD_TOP_K)
+        request = RankRequest(
+            user=wire.user,
+            candidates=candidates,
+            scenario=_index(wire.scenario, self._schema.scenarios, Fault.UNKNOWN_SCENARIO),
+            request_time=request_time,
+            history=self._history(wire.history, request_time) if wire.HasField("history") else None,
+            context=self._context(wire),
+            tasks=self._tasks(list(wire.tasks)),
+            top_k=min(wire.top_k, len(candidates)),
+        )
+        return request, wire.request_id
+
+    def _check_routing(self, wire: ranking_pb2.RankRequest) -> None:
+        _require(wire.model in ("", self._model), Fault.UNKNOWN_MODEL)
+        _require(wire.version in ("", self._version), Fault.UNKNOWN_VERSION)
+        _index(wire.traffic_class, self._config.traffic_classes, Fault.UNKNOWN_TRAFFIC_CLASS)
+
+    def _candidates(self, raw: bytes) -> np.ndarray:
+        _require(len(raw) % 8 == 0, Fault.BAD_CANDIDATE_BYTES)
+        ids = np.frombuffer(raw, "<i8")
+        _require(len(ids) > 0, Fault.NO_CANDIDATES)
+        _require(len(ids) <= self._config.max_candidates, Fault.TOO_MANY_CANDIDATES)
+        _require(int(ids.min()) >= 0, Fault.NEGATIVE_ITEM)
+        return ids
+
+    def _history(self, wire: ranking_pb2.History, request_time: int) -> History:
+        try:
+            history = History(
+                np.frombuffer(wire.item_ids, "<i8"),
+                np.frombuffer(wire.actions, "<i4"),
+                np.frombuffer(wire.timestamps, "<i8"),
+            )
+            history.check(self._schema.actions)
+        except ValueError:
+            raise RankError(Fault.BAD_HISTORY) from None
+        _require(not len(history) or history.timestamps[-1] <= request_time, Fault.BAD_HISTORY)
+        return history
+
+    def _context(self, wire: ranking_pb2.RankRequest) -> dict[str, int | float]:
+        values: dict[str, int | float] = {}
+        for name, value in wire.context.items():
+            kind = value.WhichOneof("value")
+            _require(kind is not None, Fault.BAD_CONTEXT)
+            values[name] = value.integer if kind == "integer" else value.number
+        try:
+            feature_row(self._schema.context_features, values)
+        except (ValueError, OverflowError):
+            raise RankError(Fault.BAD_CONTEXT) from None
+        return values
+
+    def _tasks(self, names: list[str]) -> tuple[int, ...]:
+        known = self._schema.tasks
+        _require(len(set(names)) == len(names) and set(names) <= set(known), Fault.UNKNOWN_TASK)
+        return tuple(known.index(name) for name in names or known)
+
+
+def _require(condition: object, fault: Fault) -> None:
+    if not condition:
+        raise RankError(fault)
+
+
+def _usable(name: str, most: int) -> bool:
+    return len(name.encode()) <= most and not any(ord(c) < 32 or ord(c) == 127 for c in name)
+
+
+def _index(name: str, known: tuple[str, ...], fault: Fault) -> int:
+    """Index of a name, 0 for an empty one."""
+    if not name:
+        return 0
+    _require(name in known, fault)
+    return known.index(name)
