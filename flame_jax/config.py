@@ -17,6 +17,12 @@ from flame_jax.schema import FeatureSchema
 ENV_PREFIX = "FLAME"
 
 
+def _at_least(least: int, section: str, config: object, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) >= least:  # so that NaN fails too
+            raise ValueError(f"{section}.{name} must be at least {least}, not {getattr(config, name)}")
+
+
 @dataclass(frozen=True)
 class StoreConfig:
     """Where features are read from.
@@ -55,9 +61,9 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
-        for name in ("width", "layers", "heads", "head_dim", "ffn", "gate_reduction", "head_hidden"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} must be at least 1, not {getattr(self, name)}")
+        _at_least(1, "model", self, "width", "layers", "heads", "head_dim", "ffn", "gate_reduction", "head_hidden")
+        if not self.name:
+            raise ValueError("model.name is empty")
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,13 @@ class TrainConfig:
     unknown_rate: float = 0.01
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        _at_least(1, "train", self, "epochs", "tokens", "candidates", "chunk")
+        _at_least(0, "train", self, "learning_rate", "weight_decay", "min_history", "seed")
+        for name in ("dropout", "test_fraction", "unknown_rate"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"train.{name} must lie in [0, 1), not {getattr(self, name)}")
+
 
 @dataclass(frozen=True)
 class ExportConfig:
@@ -114,6 +127,10 @@ class ExportConfig:
     buckets: tuple[tuple[int, int], ...] = ((512, 128), (1024, 512), (2048, 1024))
     matmul_precision: Literal["default", "high", "highest"] = "highest"
 
+    def __post_init__(self) -> None:
+        if not self.version:
+            raise ValueError("export.version is empty")
+
 
 @dataclass(frozen=True)
 class DispatchConfig:
@@ -128,8 +145,7 @@ class DispatchConfig:
     max_queue: int = 1024
 
     def __post_init__(self) -> None:
-        if self.executors < 1 or self.max_queue < 1:
-            raise ValueError("dispatch.executors and dispatch.max_queue must be at least 1")
+        _at_least(1, "dispatch", self, "executors", "max_queue")
 
 
 @dataclass(frozen=True)
@@ -163,6 +179,15 @@ class ServerConfig:
     traffic_classes: tuple[str, ...] = ("default", "critical", "batch")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
+    def __post_init__(self) -> None:
+        _at_least(0, "server", self, "port", "metrics_port", "drain_seconds")
+        _at_least(1, "server", self, "max_candidates", "max_message_mib", "max_in_flight", "default_timeout_ms")
+        for name in ("port", "metrics_port"):
+            if getattr(self, name) > 65535:
+                raise ValueError(f"server.{name} must be at most 65535, not {getattr(self, name)}")
+        if not self.traffic_classes or not all(self.traffic_classes):
+            raise ValueError("server.traffic_classes must be non-empty names")
+
 
 @dataclass(frozen=True)
 class Config:
@@ -192,7 +217,9 @@ def load(argv: Sequence[str] | None = None, *, prog: str) -> Config:
     import jsonargparse
 
     args = list(sys.argv[1:] if argv is None else argv)
-    parser = jsonargparse.ArgumentParser(prog=prog, env_prefix=ENV_PREFIX, default_env=True, exit_on_error=False)
+    parser = jsonargparse.ArgumentParser(
+        prog=prog, env_prefix=ENV_PREFIX, default_env=True, exit_on_error=False, allow_abbrev=False
+    )
     parser.add_argument("--config", action="config", help="YAML file; must be the first argument")
     parser.add_class_arguments(Config)
     if any(a == "--config" or a.startswith("--config=") for a in args[1:]):
@@ -201,8 +228,16 @@ def load(argv: Sequence[str] | None = None, *, prog: str) -> Config:
     for name in sorted(os.environ):
         if name.startswith(f"{ENV_PREFIX}_") and "__" in name and name not in known:
             refuse(prog, f"environment variable {name} names no setting")
+    if f"{ENV_PREFIX}_CONFIG" in os.environ:
+        refuse(prog, f"name the file with --config, not with {ENV_PREFIX}_CONFIG: it would lose to other variables")
     try:
-        init = parser.instantiate(parser.parse_args(args))
+        parsed = parser.parse_args(args)
+        for name, value in parsed.items():
+            if name in Config.__dataclass_fields__:
+                refuse(prog, f"{name} must be a mapping, not {value!r}")
+            if value is None and name != "config":
+                refuse(prog, f"{name} has no value")
+        init = parser.instantiate(parsed)
         return Config(**{name: getattr(init, name) for name in Config.__dataclass_fields__})
     except (jsonargparse.ArgumentError, ValueError) as error:
         refuse(prog, str(error))

@@ -29,6 +29,8 @@ class Feature:
     size: int = 0
 
     def __post_init__(self) -> None:
+        if self.kind not in ("categorical", "numeric", "bits"):
+            raise ValueError(f"feature {self.name!r} has kind {self.kind!r}, not categorical, numeric or bits")
         if not self.name.isidentifier():
             raise ValueError(f"feature name {self.name!r} is not an identifier")
         if self.kind == "numeric" and self.size != 0:
@@ -94,6 +96,10 @@ class FeatureSchema:
             names = [f.name for f in getattr(self, group)]
             if names:
                 _unique(group, names)
+        if any(f.name == "id" for f in self.item_features):
+            raise ValueError("schema.item_features may not name a feature 'id': it is the stored row's key")
+        if type(self.actions) is not int or type(self.block_length) is not int:
+            raise ValueError("schema.actions and schema.block_length must be integers")
         if self.actions < 1:
             raise ValueError(f"schema.actions must be at least 1, not {self.actions}")
         if self.block_length < 1:
@@ -113,13 +119,18 @@ class FeatureSchema:
         known = {f.name for f in fields(cls)}
         if unknown := set(data) - known:
             raise ValueError(f"feature schema has unknown fields {sorted(unknown)}")
+        if not all(isinstance(data.get(name), list) for name in ("tasks", "scenarios", "blocks")):
+            raise ValueError("feature schema needs lists of tasks, scenarios and blocks")
         values = dict(data)
-        for group in ("item_features", "user_features", "context_features"):
-            values[group] = tuple(Feature(**f) for f in data.get(group, ()))
-        values["blocks"] = tuple(Block(b["name"], tuple(b["actions"])) for b in data["blocks"])
-        values["tasks"] = tuple(data["tasks"])
-        values["scenarios"] = tuple(data["scenarios"])
-        return cls(**values)
+        try:
+            for group in ("item_features", "user_features", "context_features"):
+                values[group] = tuple(Feature(**f) for f in data.get(group, ()))
+            values["blocks"] = tuple(Block(**b | {"actions": tuple(b["actions"])}) for b in data["blocks"])
+            values["tasks"] = tuple(data["tasks"])
+            values["scenarios"] = tuple(data["scenarios"])
+            return cls(**values)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"feature schema is malformed: {error}") from error
 
     def fingerprint(self) -> str:
         """SHA-256 of the whole schema: two programs agree on a slot only if these are equal."""

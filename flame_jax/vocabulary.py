@@ -47,7 +47,10 @@ class Vocabulary:
     @classmethod
     def from_bytes(cls, data: bytes) -> Vocabulary:
         """Inverse of `save`. Raises ValueError for anything else."""
-        keys = np.load(io.BytesIO(data), allow_pickle=False)
-        if keys.dtype != np.int64:
-            raise ValueError(f"vocabulary holds {keys.dtype}, not int64 ids")
+        try:
+            keys = np.load(io.BytesIO(data), allow_pickle=False)
+        except Exception as error:  # NumPy raises half a dozen kinds on damaged bytes
+            raise ValueError(f"not a .npy file: {error}") from error
+        if not isinstance(keys, np.ndarray) or keys.dtype != np.int64:
+            raise ValueError("vocabulary does not hold int64 ids")
         return cls(keys)

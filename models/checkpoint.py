@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -30,6 +30,7 @@ class Checkpoint:
         step: training step (epoch) it was saved at.
         weights: name -> float32 array (docs/models.md).
         optimizer: leaves of the optimiser's state, in its own order.
+        training: what decides which events it was trained on, for resuming.
     """
 
     step: int
@@ -38,6 +39,7 @@ class Checkpoint:
     vocabulary: Vocabulary
     weights: Mapping[str, np.ndarray]
     optimizer: Sequence[np.ndarray]
+    training: Mapping[str, Any] = field(default_factory=dict)
 
     def check_fits(self, model: ModelConfig, schema: FeatureSchema, path: str | Path) -> None:
         """Raise CheckpointError, naming what differs, unless it was made for this configuration."""
@@ -56,6 +58,8 @@ class CheckpointFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        if self.path.exists() and not self.path.is_dir():
+            raise CheckpointError(f"checkpoint {path} is not a folder")
         self._orbax = ocp.training.Checkpointer(
             self.path.absolute(), preservation_policy=ocp.training.preservation_policies.LatestN(KEEP)
         )
@@ -75,7 +79,11 @@ class CheckpointFolder:
                 "optimizer": list(checkpoint.optimizer),
                 "vocabulary": checkpoint.vocabulary.keys,
             },
-            custom_metadata={"model": asdict(checkpoint.model), "schema": checkpoint.schema.to_json()},
+            custom_metadata={
+                "model": asdict(checkpoint.model),
+                "schema": checkpoint.schema.to_json(),
+                "training": dict(checkpoint.training),
+            },
         )
 
     def latest(self) -> Checkpoint | None:
@@ -93,6 +101,7 @@ class CheckpointFolder:
                 vocabulary=Vocabulary(tree["vocabulary"]),
                 weights=tree["weights"],
                 optimizer=tree["optimizer"],
+                training=about["training"],
             )
         except (KeyError, TypeError, ValueError, OSError) as error:
             raise CheckpointError(f"checkpoint {self.path} can't be read: {error}") from error

@@ -64,7 +64,7 @@ class Climber(nnx.Module):
         self.head = nnx.Dict(
             hidden_w=normal((bits, config.head_hidden), bits**-0.5),
             hidden_b=_constant((config.head_hidden,), 0.0),
-            task_w=normal((config.head_hidden, tasks), config.head_hidden**-0.5),
+            task_w=_constant((config.head_hidden, tasks), 0.0),
             task_b=_constant((tasks,), 0.0),
         )
 

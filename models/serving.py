@@ -51,6 +51,11 @@ def check_weights(model: nnx.Module, weights: Mapping[str, Any]) -> None:
         for name, shape in expected.items()
         if name in weights and tuple(weights[name].shape) != shape
     ]
+    problems += [
+        f"{name} is {weights[name].dtype}, expected float32"
+        for name in expected
+        if name in weights and weights[name].dtype != np.float32
+    ]
     if problems:
         raise ValueError("weights do not fit the model: " + "; ".join(problems))
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from flame_jax.dso.batching import Batch, next_batch
 from flame_jax.dso.executor import Executor, Piece
-from flame_jax.fke.buckets import Ladder
+from flame_jax.fke.buckets import Ladder, capacity
 from flame_jax.packing import Extent, Layout
 from flame_jax.record import RecordLayout
 
@@ -126,7 +126,7 @@ class Dispatcher:
         self._waiting: list[_Work] = []
         self._works: dict[int, _Work] = {}
         self._in_flight = 0
-        self._stopping = False
+        self._stopping = self._dead = False
         self._changed = threading.Condition()
         self._flights: queue.SimpleQueue[_Flight | None] = queue.SimpleQueue()
         self.launched: dict[str, int] = {str(bucket): 0 for bucket in ladder}
@@ -152,8 +152,12 @@ class Dispatcher:
 
         Raises:
             QueueFull: the queue is at its bound, or the dispatcher is stopping.
+            ValueError: the record has no candidates, or too long a history for any bucket.
         """
-        work = _Work(ticket, record, self._records.extent(record), deadline_ns, self._tasks)
+        extent = self._records.extent(record)
+        if min(extent.candidates, capacity(self._ladder[-1], extent.history, self._layout)) < 1:
+            raise ValueError(f"no bucket holds a request of {extent}")
+        work = _Work(ticket, record, extent, deadline_ns, self._tasks)
         with self._changed:
             if self._stopping or len(self._waiting) >= self._max_queue:
                 raise QueueFull
@@ -162,7 +166,7 @@ class Dispatcher:
             self._changed.notify_all()
 
     def cancel(self, ticket: int) -> None:
-        """Forget a request: what has not been launched never will be, and `on_done` is not called for it."""
+        """Forget a request: what no batch has taken yet never runs, and `on_done` is not called for it."""
         with self._changed:
             work = self._works.pop(ticket, None)
             if work is not None:
@@ -183,7 +187,23 @@ class Dispatcher:
             loop()
         except BaseException:
             log.critical("a dispatcher thread died", exc_info=True)
+            self._die()
+
+    def _die(self) -> None:
+        """Take the other thread down and answer everybody who waits."""
+        with self._changed:
+            first, self._dead, self._stopping = not self._dead, True, True
+            left = list(self._works.values())
+            for work in left:
+                work.cancelled = True
+            self._works.clear()
+            self._waiting.clear()
+            self._changed.notify_all()
+        self._flights.put(None)
+        if first:
             self._on_fatal()
+        if left:
+            self._on_done([work.done(Status.FAILED) for work in left])
 
     def _dispatch_loop(self) -> None:
         while (flight := self._next_flight()) is not None:
@@ -212,10 +232,11 @@ class Dispatcher:
                 self._changed.wait_for(
                     lambda: (
                         (self._waiting and self._in_flight < self._max_flights)
+                        or self._dead
                         or (self._stopping and not self._waiting and not self._in_flight)
                     )
                 )
-                if not self._waiting:
+                if not self._waiting or self._dead:
                     return None
                 expired = self._drop_expired()
                 if self._waiting:
@@ -257,14 +278,14 @@ class Dispatcher:
             executor, parts, launched = flight
             try:
                 pieces = executor.scores()
+                elapsed = time.monotonic_ns() - launched
+                for (work, low, high), scores in zip(parts, pieces, strict=True):
+                    work.scores[low:high] = scores
+                    work.compute_ns += elapsed
             except Exception:
                 log.exception("batch of bucket %s failed", executor.bucket)
                 self._release(executor, self._fail(parts))
                 continue
-            elapsed = time.monotonic_ns() - launched
-            for (work, low, high), scores in zip(parts, pieces, strict=True):
-                work.scores[low:high] = scores
-                work.compute_ns += elapsed
             self._release(executor, self._finish(parts))
 
     def _release(self, executor: Executor, done: list[Done]) -> None:

@@ -114,11 +114,13 @@ def write_artifact(
     executables: Mapping[Bucket, bytes],
 ) -> Manifest:
     """Write an artifact beside `path`, then put it there in one rename; an older one there is replaced."""
+    if path.exists() and not (path / MANIFEST).is_file():
+        raise ArtifactError(f"{path} exists and is no artifact: it is left alone")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     partial.mkdir()
     try:
-        safetensors.numpy.save_file(dict(weights), partial / WEIGHTS)
+        safetensors.numpy.save_file({name: np.ascontiguousarray(w) for name, w in weights.items()}, partial / WEIGHTS)
         vocabulary.save(partial / VOCABULARY)
         for bucket, payload in executables.items():
             (partial / executable_name(bucket)).write_bytes(payload)
@@ -145,7 +147,11 @@ def _replace(new: Path, path: Path) -> None:
     if path.exists():
         old = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         os.rename(path, old)
-        os.rename(new, path)
+        try:
+            os.rename(new, path)
+        except BaseException:
+            os.rename(old, path)
+            raise
         shutil.rmtree(old)
     else:
         os.rename(new, path)
@@ -164,13 +170,13 @@ class Artifact:
             data = json.loads((self.path / MANIFEST).read_text())
         except FileNotFoundError:
             raise ArtifactError(f"no artifact at {path}: {MANIFEST} is missing; run flame_jax.export first") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ArtifactError(f"artifact {path} has an unreadable {MANIFEST}: {error}") from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ArtifactError(f"artifact {path} is not of format {FORMAT}, which this program reads")
         try:
             self.manifest = Manifest.from_json(data)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ArtifactError(f"artifact {path} has a bad {MANIFEST}: {error}") from error
 
     def check_target(self, platform: str, device_kind: str) -> None:

@@ -29,6 +29,8 @@ def make_ladder(pairs: Iterable[Sequence[int]], schema: FeatureSchema, layout: L
             raise ValueError(
                 f"bucket {bucket} must hold 0 < candidates <= tokens, both multiples of layout.align = {layout.align}"
             )
+    if any(bucket.candidates > ladder[-1].candidates for bucket in ladder):
+        raise ValueError(f"the largest bucket {ladder[-1]} must take as many candidates as every other")
     longest = Extent(schema.block_length, 1)
     if not fits([longest], ladder[-1], layout):
         raise ValueError(

@@ -98,10 +98,15 @@ def deserialize(payload: bytes, weights: int, device: jax.Device) -> jax.stages.
     Raises:
         pickle.UnpicklingError: the payload names any other class, or is damaged.
     """
-    unpickler = _Unpickler(io.BytesIO(payload), device.client, [device])
-    unloaded, info, no_kwargs = unpickler.load()
-    arguments = jax.tree.unflatten(jax.tree.structure((([0] * weights, 0), {})), info)
-    return jax.stages.Compiled(unloaded.load(), [], arguments, jax.tree.structure(0), no_kwargs=no_kwargs)
+    try:
+        unpickler = _Unpickler(io.BytesIO(payload), device.client, [device])
+        unloaded, info, no_kwargs = unpickler.load()
+        arguments = jax.tree.unflatten(jax.tree.structure((([0] * weights, 0), {})), info)
+        return jax.stages.Compiled(unloaded.load(), [], arguments, jax.tree.structure(0), no_kwargs=no_kwargs)
+    except pickle.UnpicklingError:
+        raise
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise pickle.UnpicklingError(f"damaged executable: {type(error).__name__}") from error
 
 
 class _Unpickler(serialize_executable._JaxPjrtUnpickler):

@@ -29,10 +29,10 @@ class Engine:
         self.manifest = manifest
         self.vocabulary = artifact.vocabulary()
         host = artifact.weights()
-        model = abstract_model(manifest.model, manifest.schema, self.vocabulary.rows)
         try:
+            model = abstract_model(manifest.model, manifest.schema, self.vocabulary.rows)
             check_weights(model, host)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise ArtifactError(f"artifact {artifact.path}: {error}") from error
         self.slots = {b: slot_layout(manifest.schema, manifest.layout, b) for b in manifest.buckets}
         self._weights = [jax.device_put(host[name], device) for name in flat_weights_shapes(model)]
@@ -45,6 +45,11 @@ class Engine:
                 raise ArtifactError(
                     f"artifact {artifact.path}: the executable of bucket {bucket} does not load here: {error}"
                 ) from error
+            taken = [tuple(a.shape) for a in jax.tree.leaves(self._executables[bucket].in_avals)]
+            if taken != [*flat_weights_shapes(model).values(), (self.slots[bucket].words,)]:
+                raise ArtifactError(
+                    f"artifact {artifact.path}: the executable of bucket {bucket} was built for other shapes"
+                )
 
     def warm(self) -> None:
         """Run every executable on an empty slot until it is in its steady state."""

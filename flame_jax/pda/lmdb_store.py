@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from operator import itemgetter
 from pathlib import Path
@@ -12,7 +13,15 @@ from typing import Any, Self
 import lmdb
 import numpy as np
 
-from flame_jax.pda.records import CorruptRecord, decode_items, decode_user, encode_user, item_dtype, user_dtype
+from flame_jax.pda.records import (
+    CorruptRecord,
+    check_rows,
+    decode_items,
+    decode_user,
+    encode_user,
+    item_dtype,
+    user_dtype,
+)
 from flame_jax.pda.store import MAX_USER_KEY, Fetched, StoreError
 from flame_jax.request import History
 from flame_jax.schema import FeatureSchema
@@ -41,7 +50,11 @@ class LmdbStore:
         self._env, tables = _open(Path(path), write=False)
         self._users, self._items, self._titles, self._meta = (tables[name] for name in _TABLES)
         meta = self._read_meta(path)
-        written = FeatureSchema.from_json(meta["schema"])
+        try:
+            written = FeatureSchema.from_json(meta["schema"])
+        except (ValueError, KeyError, TypeError) as error:
+            self.close()
+            raise StoreError(f"store {path} has a damaged description") from error
         self._user_dtype, self._item_dtype = user_dtype(written), item_dtype(written)
         if schema is not None and written.store_fingerprint() != schema.store_fingerprint():
             self.close()
@@ -55,7 +68,13 @@ class LmdbStore:
         if blob is None:
             self.close()
             raise StoreError(f"store {path} is incomplete: its import has not finished")
-        meta: dict[str, Any] = json.loads(blob)
+        try:
+            meta = json.loads(blob)
+        except ValueError:
+            meta = None
+        if not isinstance(meta, dict):
+            self.close()
+            raise StoreError(f"store {path} has a damaged description")
         if meta.get("format") != FORMAT:
             self.close()
             raise StoreError(f"store {path} has format {meta.get('format')}, this program reads {FORMAT}")
@@ -74,12 +93,18 @@ class LmdbStore:
                 blob = None if user is None else txn.get(user.encode(), db=self._users)
                 record = None if blob is None or user is None else decode_user(user, blob, self._user_dtype)
                 with txn.cursor(self._items) as cursor:
-                    packed = b"".join(map(itemgetter(1), cursor.getmulti(keys)))
+                    pairs = cursor.getmulti(keys)
+                    stored = np.frombuffer(b"".join(map(itemgetter(0), pairs)), "<i8")
+                    lengths = set(map(len, map(itemgetter(1), pairs)))
+                    packed = b"".join(map(itemgetter(1), pairs))
         except lmdb.Error as error:
             raise StoreError(f"LMDB read failed: {error}") from error
-        if len(packed) % self._item_dtype.itemsize:
+        if lengths - {self._item_dtype.itemsize}:
             raise CorruptRecord("item record has the wrong length")
-        rows, found = decode_items(ids, np.frombuffer(packed, self._item_dtype))
+        rows = np.frombuffer(packed, self._item_dtype)
+        if (rows["id"] != stored).any():
+            raise CorruptRecord("item record belongs to another item")
+        rows, found = decode_items(ids, rows)
         return Fetched(record, rows[inverse], found[inverse])
 
     def users(self) -> Iterator[str]:
@@ -124,6 +149,9 @@ class LmdbWriter:
             if txn.get(_META) is not None:
                 self._env.close()
                 raise StoreError(f"store {path} exists already; remove the folder to import again")
+        with self._env.begin(write=True) as txn:
+            for table in tables.values():  # what an import that broke off left
+                txn.drop(table, delete=False)
 
     def __enter__(self) -> Self:
         return self
@@ -139,6 +167,9 @@ class LmdbWriter:
                 if not 0 < len(key.encode()) <= MAX_USER_KEY:
                     raise ValueError(f"user key {key[:40]!r} must have 1..{MAX_USER_KEY} bytes")
                 history.check(self._schema.actions)
+                if features.dtype != user_dtype(self._schema) or features.shape:
+                    raise ValueError(f"features of user {key[:40]!r} are not a row of {user_dtype(self._schema)}")
+                check_rows(self._schema.user_features, features)
                 txn.put(key.encode(), encode_user(key, history, features))
                 count += 1
         return count
@@ -147,6 +178,7 @@ class LmdbWriter:
         """Write structured[n] rows of `records.item_dtype`, and display titles by id."""
         if rows.dtype != item_dtype(self._schema):
             raise ValueError(f"item rows are {rows.dtype}, expected {item_dtype(self._schema)}")
+        check_rows(self._schema.item_features, rows)
         with self._env.begin(write=True) as txn:
             for row in rows:
                 txn.put(row["id"].tobytes(), row.tobytes(), db=self._tables["items"])
@@ -166,12 +198,15 @@ class LmdbWriter:
 
 
 def _open(path: Path, *, write: bool) -> tuple[lmdb.Environment, dict[str, Any]]:
-    if not write and not (path / "data.mdb").is_file():
+    if not write and not os.path.isfile(path / "data.mdb"):
         raise StoreError(f"no store at {path}")
     try:
         env = lmdb.open(
             str(path), map_size=_MAP_SIZE, max_dbs=len(_TABLES), readonly=not write, create=write, max_readers=512
         )
+        if os.path.getsize(path / "data.mdb") < (env.info()["last_pgno"] + 1) * env.stat()["psize"]:
+            env.close()
+            raise StoreError(f"store {path} can't be opened: data.mdb is truncated")
         return env, {name: env.open_db(name.encode(), create=write) for name in _TABLES}
     except lmdb.Error as error:
         raise StoreError(f"store {path} can't be opened: {error}") from error

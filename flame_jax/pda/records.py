@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -11,8 +12,8 @@ import numpy as np
 from flame_jax.request import History
 from flame_jax.schema import Feature, FeatureSchema, record_dtype
 
-_HEADER = struct.Struct("<4sIII")
-_MAGIC = b"FLU1"
+_HEADER = struct.Struct("<4sIIII")
+_MAGIC = b"FLU2"
 _ID = np.dtype("<i8")
 
 
@@ -50,8 +51,11 @@ def feature_row(features: tuple[Feature, ...], values: Mapping[str, int | float]
     for feature in features:
         value = values.get(feature.name, 0)
         if feature.kind == "numeric":
-            with np.errstate(over="ignore"):
-                value = float(np.float32(value))
+            try:
+                with np.errstate(over="ignore"):
+                    value = float(np.float32(value))
+            except OverflowError:
+                value = np.inf
             if not np.isfinite(value):
                 raise ValueError(f"feature {feature.name!r} is not a finite float32")
         elif isinstance(value, float) or not 0 <= value < feature.limit:
@@ -61,11 +65,10 @@ def feature_row(features: tuple[Feature, ...], values: Mapping[str, int | float]
 
 
 def encode_user(key: str, history: History, features: np.ndarray) -> bytes:
-    """One blob: header, key, ids int64[n], times int64[n], actions int32[n], features."""
+    """One blob: header with a CRC-32 of the rest, key, ids int64[n], times int64[n], actions int32[n], features."""
     name, tail = key.encode(), features.tobytes()
-    return b"".join(
+    body = b"".join(
         (
-            _HEADER.pack(_MAGIC, len(name), len(history), len(tail)),
             name,
             history.item_ids.astype("<i8").tobytes(),
             history.timestamps.astype("<i8").tobytes(),
@@ -73,6 +76,7 @@ def encode_user(key: str, history: History, features: np.ndarray) -> bytes:
             tail,
         )
     )
+    return _HEADER.pack(_MAGIC, len(name), len(history), len(tail), zlib.crc32(body)) + body
 
 
 def decode_user(key: str, blob: bytes | memoryview, dtype: np.dtype[Any]) -> UserRecord:
@@ -83,11 +87,13 @@ def decode_user(key: str, blob: bytes | memoryview, dtype: np.dtype[Any]) -> Use
     """
     if len(blob) < _HEADER.size:
         raise CorruptRecord("user record is shorter than its header")
-    magic, name_length, events, tail = _HEADER.unpack_from(blob)
+    magic, name_length, events, tail, checksum = _HEADER.unpack_from(blob)
     if magic != _MAGIC or tail != dtype.itemsize:
         raise CorruptRecord("user record is of another format or schema")
     if len(blob) != _HEADER.size + name_length + 20 * events + tail:
         raise CorruptRecord("user record has the wrong length")
+    if zlib.crc32(memoryview(blob)[_HEADER.size :]) != checksum:
+        raise CorruptRecord("user record does not match its checksum")
     at = _HEADER.size + name_length
     if bytes(blob[_HEADER.size : at]) != key.encode():
         raise CorruptRecord("user record belongs to another user")
@@ -119,6 +125,8 @@ def decode_items(ids: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndar
     out = np.zeros(len(ids), rows.dtype)
     found = np.zeros(len(ids), bool)
     if len(rows):
+        if not len(ids) or (rows["id"][1:] <= rows["id"][:-1]).any():
+            raise CorruptRecord("item records are not those asked for")
         at = np.minimum(np.searchsorted(ids, rows["id"]), len(ids) - 1)
         if (ids[at] != rows["id"]).any():
             raise CorruptRecord("item record belongs to another item")
@@ -126,3 +134,12 @@ def decode_items(ids: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndar
         found[at] = True
     out["id"] = ids
     return out, found
+
+
+def check_rows(features: tuple[Feature, ...], rows: np.ndarray) -> None:
+    """Raise ValueError unless every value of structured[...] rows lies in its feature's range."""
+    for feature in features:
+        column = rows[feature.name]
+        good = np.isfinite(column) if feature.kind == "numeric" else (column >= 0) & (column < feature.limit)
+        if not good.all():
+            raise ValueError(f"feature {feature.name!r} has a value out of range")

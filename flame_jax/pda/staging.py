@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import weakref
 
 import numpy as np
 
@@ -21,6 +22,7 @@ class Slot:
     def __init__(self, layout: SlotLayout) -> None:
         self.layout = layout
         self.fd = os.memfd_create(f"flame-slot-{layout.bucket}", os.MFD_CLOEXEC)
+        weakref.finalize(self, os.close, self.fd)
         os.ftruncate(self.fd, layout.words * 4)
         self._memory = mmap.mmap(self.fd, layout.words * 4)
         self.words = np.frombuffer(self._memory, np.int32)

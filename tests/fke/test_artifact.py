@@ -1,0 +1,359 @@
+"""Artifacts on disk: whole and true, or refused in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from flame_jax.fke import artifact as module
+from flame_jax.fke.artifact import Artifact, ArtifactError, Manifest, executable_name
+from flame_jax.vocabulary import Vocabulary
+from tests import tiny
+
+FILES = ("weights.safetensors", "vocabulary.npy", *(executable_name(bucket) for bucket in tiny.BUCKETS))
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("artifact") / "model"
+    tiny.save_artifact(path)
+    return path
+
+
+@pytest.fixture
+def folder(pristine: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(pristine, tmp_path / "model"))
+
+
+def read_everything(path: Path) -> None:
+    """All that a server reads of an artifact before it builds anything."""
+    artifact = Artifact(path)
+    artifact.vocabulary()
+    artifact.weights()
+    for bucket in artifact.manifest.buckets:
+        artifact.read(executable_name(bucket))
+
+
+def one_line(error: ArtifactError) -> str:
+    text = str(error)
+    assert text
+    assert "\n" not in text
+    return text
+
+
+def test_what_is_read_is_what_was_written(pristine: Path) -> None:
+    artifact = Artifact(str(pristine))
+    manifest = artifact.manifest
+    assert manifest.version == "7"
+    assert manifest.model == tiny.MODEL
+    assert manifest.schema == tiny.SCHEMA
+    assert manifest.layout == tiny.LAYOUT
+    assert manifest.buckets == tiny.BUCKETS
+    assert manifest.matmul_precision == "highest"
+    assert manifest.kernels == {"sumi_attention": "xla"}
+    assert sorted(manifest.files) == sorted(FILES)
+    weights = artifact.weights()
+    assert weights.keys() == tiny.random_weights(3).keys()
+    assert all(np.array_equal(weights[name], value) for name, value in tiny.random_weights(3).items())
+    assert artifact.vocabulary().keys.tolist() == sorted(tiny.ITEM_IDS.tolist())
+    for bucket, payload in tiny.executables().items():
+        assert artifact.read(executable_name(bucket)) == payload
+    artifact.check_target(tiny.platform(), tiny.device().device_kind)
+
+
+def test_the_manifest_returned_is_the_one_on_disk(tmp_path: Path) -> None:
+    written = tiny.save_artifact(tmp_path / "deep" / "model")
+    assert Artifact(tmp_path / "deep" / "model").manifest == written
+    assert Manifest.from_json(json.loads(json.dumps(written.to_json()))) == written
+
+
+def test_weights_of_any_memory_layout_are_written_in_order(tmp_path: Path) -> None:
+    values = np.arange(12, dtype=np.float32).reshape(3, 4)
+    tiny.save_artifact(tmp_path / "a", weights={"turned": values.T, "strided": values[:, ::2]})
+    weights = Artifact(tmp_path / "a").weights()
+    assert weights["turned"].tolist() == values.T.tolist()
+    assert weights["strided"].tolist() == values[:, ::2].tolist()
+
+
+def flip(data: bytes) -> bytes:
+    damaged = bytearray(data)
+    damaged[len(data) // 3] ^= 4
+    return bytes(damaged)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    "damage",
+    [lambda data: data[:-1], lambda data: b"", flip, lambda data: data + b"\0", None],
+    ids=["truncated", "emptied", "bit flipped", "grown", "deleted"],
+)
+def test_a_damaged_file_is_refused_by_name_before_it_is_parsed(
+    name: str, damage: Callable[[bytes], bytes] | None, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = folder / name
+    if damage is None:
+        file.unlink()
+    else:
+        file.write_bytes(damage(file.read_bytes()))
+    parsed: list[str] = []
+    monkeypatch.setattr(safetensors.numpy, "load", lambda data: parsed.append("weights.safetensors"))
+    monkeypatch.setattr(Vocabulary, "from_bytes", lambda data: parsed.append("vocabulary.npy"))
+    with pytest.raises(ArtifactError, match=name) as caught:
+        read_everything(folder)
+    assert str(folder) in one_line(caught.value)
+    assert name not in parsed
+
+
+def test_executables_swapped_with_each_other_are_refused(folder: Path) -> None:
+    one, two = (folder / executable_name(bucket) for bucket in tiny.BUCKETS)
+    first, second = one.read_bytes(), two.read_bytes()
+    one.write_bytes(second)
+    two.write_bytes(first)
+    with pytest.raises(ArtifactError, match=one.name):
+        read_everything(folder)
+
+
+def test_a_file_that_the_manifest_does_not_list_is_not_read(folder: Path) -> None:
+    (folder / "more.bin").write_bytes(b"x")
+    with pytest.raises(ArtifactError, match=r"more\.bin"):
+        Artifact(folder).read("more.bin")
+    with pytest.raises(ArtifactError, match="does not list"):
+        Artifact(folder).read("../model/weights.safetensors")
+
+
+def test_a_folder_in_place_of_a_file_is_refused(folder: Path) -> None:
+    (folder / "vocabulary.npy").unlink()
+    (folder / "vocabulary.npy").mkdir()
+    with pytest.raises(ArtifactError, match=r"vocabulary\.npy"):
+        read_everything(folder)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda path: None, lambda path: path.mkdir(), lambda path: path.write_text("a file")],
+    ids=["nothing", "an empty folder", "a file"],
+)
+def test_where_there_is_no_artifact_one_line_says_so(make: Callable[[Path], Any], tmp_path: Path) -> None:
+    make(tmp_path / "model")
+    with pytest.raises(ArtifactError) as caught:
+        Artifact(tmp_path / "model")
+    assert str(tmp_path / "model") in one_line(caught.value)
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [
+        b"",
+        b"{",
+        b"null",
+        b"[]",
+        b"3",
+        b'"format"',
+        b"{}",
+        b'{"format": 1}',
+        b'{"format": 0}',
+        b'{"format": 2}',
+        b'{"format": "1"}',
+        b"\xff\xfe\x00",
+        b"\0" * 100,
+        b"[" * 200_000,
+        b'{"format": 1, "schema": ' + b"[" * 200_000,
+    ],
+    ids=lambda junk: str(junk[:24]),
+)
+def test_a_manifest_of_junk_or_another_format_is_refused(junk: bytes, folder: Path) -> None:
+    (folder / "manifest.json").write_bytes(junk)
+    with pytest.raises(ArtifactError, match=r"manifest\.json|format 1") as caught:
+        Artifact(folder)
+    one_line(caught.value)
+
+
+JUNK: tuple[Any, ...] = (None, True, -1, 0, 2.5, 10**30, "x", "", [], [None], [[1, 2]], {}, {"x": 1})
+
+
+def mutations(data: Any) -> list[tuple[str, Any]]:
+    """Copies of a JSON document with one value, at any depth, dropped or replaced by junk."""
+    out: list[tuple[str, Any]] = []
+    keys = list(data) if isinstance(data, dict) else list(range(len(data))) if isinstance(data, list) else []
+    for key in keys:
+        dropped = data.copy()
+        del dropped[key]
+        out.append((f"{key} dropped", dropped))
+        for junk in JUNK:
+            changed = data.copy()
+            changed[key] = junk
+            out.append((f"{key} = {junk!r}", changed))
+        for where, value in mutations(data[key]):
+            changed = data.copy()
+            changed[key] = value
+            out.append((f"{key}.{where}", changed))
+    return out
+
+
+def test_a_manifest_with_any_one_value_wrong_is_refused_in_one_line_or_read(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    escaped = []
+    for where, changed in mutations(manifest):
+        (folder / "manifest.json").write_text(json.dumps(changed))
+        try:
+            read_everything(folder)
+        except ArtifactError as error:
+            one_line(error)
+        except Exception as error:
+            escaped.append(f"{where}: {error!r}")
+    assert escaped == []
+
+
+@pytest.mark.parametrize("name", ["platform", "device_kind", "jaxlib"])
+def test_an_artifact_built_for_something_else_is_refused_by_what_differs(name: str, folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["target"][name] = "other"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match=rf"{name} 'other'") as caught:
+        Artifact(folder).check_target(tiny.platform(), tiny.device().device_kind)
+    assert "export" in one_line(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("weights.safetensors", b""),
+        ("weights.safetensors", b"junk" * 9),
+        ("weights.safetensors", (2**63).to_bytes(8, "little") + b"{}"),
+        ("weights.safetensors", (2**24).to_bytes(8, "little") + b"{}"),
+        ("weights.safetensors", safetensors.numpy.save({"a": np.ones(3, np.float32)})[:-1]),
+        ("vocabulary.npy", b""),
+        ("vocabulary.npy", b"junk" * 9),
+        ("vocabulary.npy", b"\x93NUMPY"),
+        ("vocabulary.npy", b"PK\x03\x04junk"),
+        ("vocabulary.npy", b"\x80\x04]q\x00."),
+    ],
+    ids=lambda value: value[:12] if isinstance(value, str) else repr(value[:10]),
+)
+def test_a_file_of_junk_whose_hash_is_right_is_refused(name: str, data: bytes, folder: Path) -> None:
+    tiny.forge(folder, name, data)
+    with pytest.raises(ArtifactError) as caught:
+        read_everything(folder)
+    assert str(folder) in one_line(caught.value)
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        np.array([1.5, 2.5]),
+        np.array([1, 2], np.int32),
+        np.array([1, 2, 1], np.int64),
+        np.array([-1, 2], np.int64),
+        np.ones((2, 2), np.int64),
+        np.array(["a", "b"]),
+        np.array(7, np.int64),
+    ],
+    ids=repr,
+)
+def test_a_vocabulary_that_is_no_set_of_ids_is_refused(ids: np.ndarray, folder: Path) -> None:
+    np.save(folder / "vocabulary.npy", ids)
+    tiny.forge(folder, "vocabulary.npy", (folder / "vocabulary.npy").read_bytes())
+    with pytest.raises(ArtifactError, match="vocabulary"):
+        Artifact(folder).vocabulary()
+
+
+def snapshot(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+def test_an_older_artifact_is_replaced_whole_and_nothing_else_is_left(folder: Path) -> None:
+    (folder / "stray").write_text("of the older one")
+    executables = {tiny.BUCKETS[1]: tiny.executables()[tiny.BUCKETS[1]]}
+    written = tiny.save_artifact(folder, version="8", executables=executables)
+    assert Artifact(folder).manifest == written
+    assert sorted(os.listdir(folder)) == sorted(["manifest.json", *written.files])
+    assert os.listdir(folder.parent) == ["model"]
+
+
+class DiskFull:
+    """Stands in for a function: the call of this number fails."""
+
+    def __init__(self, function: Callable[..., Any], fails_at: int) -> None:
+        self._function, self._left = function, fails_at
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._left -= 1
+        if self._left == 0:
+            raise OSError(28, "No space left on device")
+        return self._function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["first", "replacing"])
+@pytest.mark.parametrize(
+    ("owner", "name", "call"),
+    [
+        (safetensors.numpy, "save_file", 1),
+        (np, "save", 1),
+        (Path, "write_bytes", 1),
+        (Path, "write_bytes", 2),
+        (Path, "write_text", 1),
+        (os, "rename", 1),
+        (os, "rename", 2),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_a_write_that_fails_leaves_what_was_there_and_nothing_else(
+    owner: Any, name: str, call: int, older: bool, tmp_path: Path, pristine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent, path = tmp_path / "models", tmp_path / "models" / "model"
+    if older:
+        shutil.copytree(pristine, path)
+        before = snapshot(path)
+    elif (name, call) == ("rename", 2):
+        pytest.skip("a first artifact takes one rename")
+    failing = DiskFull(getattr(owner, name), call)
+    monkeypatch.setattr(owner, name, lambda *args, **kwargs: failing(*args, **kwargs))
+    with pytest.raises(OSError, match="No space left"):
+        tiny.save_artifact(path, version="8")
+    monkeypatch.undo()
+    assert os.listdir(parent) == (["model"] if older else [])
+    if older:
+        assert snapshot(path) == before
+
+
+def test_a_folder_that_is_no_artifact_is_not_deleted(tmp_path: Path) -> None:
+    precious = tmp_path / "home"
+    (precious / "thesis").mkdir(parents=True)
+    (precious / "thesis" / "final.txt").write_text("years of work")
+    with pytest.raises((ArtifactError, OSError, ValueError)):
+        tiny.save_artifact(precious)
+    assert (precious / "thesis" / "final.txt").read_text() == "years of work"
+    assert os.listdir(tmp_path) == ["home"]
+
+
+def test_a_file_where_the_artifact_should_go_is_not_moved_away(tmp_path: Path) -> None:
+    (tmp_path / "model").write_text("a file")
+    with pytest.raises((ArtifactError, OSError, ValueError)):
+        tiny.save_artifact(tmp_path / "model")
+    assert os.listdir(tmp_path) == ["model"]
+    assert (tmp_path / "model").read_text() == "a file"
+
+
+def test_every_setting_of_an_artifact_takes_part_in_the_round_trip() -> None:
+    """A field that `from_json` forgets would silently be a default."""
+    changed = Manifest(
+        version="9",
+        model=dataclasses.replace(tiny.MODEL, name="other", layers=3, dtype="bfloat16"),
+        schema=dataclasses.replace(tiny.SCHEMA, block_length=8, scenarios=("one",)),
+        layout=dataclasses.replace(tiny.LAYOUT, align=16, max_requests=9),
+        buckets=(tiny.BUCKETS[0], tiny.BUCKETS[1]),
+        target=module.Target("cuda", "H100", "0.0"),
+        matmul_precision="default",
+        kernels={"a": "triton"},
+        files={"x": "00"},
+    )
+    assert Manifest.from_json(json.loads(json.dumps(changed.to_json()))) == changed

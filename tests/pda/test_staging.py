@@ -1,0 +1,73 @@
+"""Slots: shared memory, page aligned, cleared by their request rows alone."""
+
+from __future__ import annotations
+
+import gc
+import mmap
+import os
+
+import numpy as np
+import pytest
+
+from flame_jax.packing import Bucket, Layout, SlotLayout, slot_layout
+from flame_jax.pda.staging import Slot
+from flame_jax.schema import Block, Feature, FeatureSchema
+
+SCHEMA = FeatureSchema(
+    blocks=(Block("a"), Block("b")),
+    item_features=(Feature("year", "numeric"),),
+    user_features=(Feature("age", "categorical", 3),),
+)
+
+
+@pytest.fixture
+def layout() -> SlotLayout:
+    return slot_layout(SCHEMA, Layout(align=8, max_requests=3), Bucket(64, 24))
+
+
+def test_a_new_slot_is_zero_and_as_large_as_its_layout(layout: SlotLayout) -> None:
+    slot = Slot(layout)
+    assert slot.words.dtype == np.int32
+    assert slot.words.shape == (layout.words,)
+    assert not slot.words.any()
+
+
+def test_a_slot_starts_on_a_page(layout: SlotLayout) -> None:
+    assert Slot(layout).words.ctypes.data % mmap.PAGESIZE == 0
+
+
+def test_a_second_mapping_of_the_slot_sees_and_makes_its_changes(layout: SlotLayout) -> None:
+    slot = Slot(layout)
+    other = np.frombuffer(mmap.mmap(slot.fd, layout.words * 4), np.int32)
+    slot.fields["item.year"][5] = 1.5
+    assert layout.views(other)["item.year"][5] == 1.5
+    layout.views(other)["rows"][2] = 7
+    assert slot.fields["rows"][2].tolist() == [7] * 7
+
+
+def test_two_slots_of_one_layout_share_nothing(layout: SlotLayout) -> None:
+    one, other = Slot(layout), Slot(layout)
+    one.words.fill(1)
+    assert not other.words.any()
+
+
+def test_clearing_forgets_the_requests_and_leaves_every_other_word(layout: SlotLayout) -> None:
+    slot = Slot(layout)
+    slot.words[:] = np.arange(1, layout.words + 1)
+    expected = slot.words.copy()
+    layout.views(expected)["rows"][:] = 0
+    slot.clear()
+    np.testing.assert_array_equal(slot.words, expected)
+
+
+def test_a_slot_is_not_handed_to_programs_that_this_one_starts(layout: SlotLayout) -> None:
+    assert not os.get_inheritable(Slot(layout).fd)
+
+
+def test_a_slot_that_is_gone_holds_no_file_descriptor(layout: SlotLayout) -> None:
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(4):
+        Slot(layout)
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before

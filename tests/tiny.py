@@ -1,0 +1,317 @@
+"""A tiny schema, model, store, checkpoint and artifact, so that tests compile in a second or two."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
+
+from flame_jax import train
+from flame_jax.config import Config, ExportConfig, ModelConfig, StoreConfig, TrainConfig
+from flame_jax.fke.artifact import Manifest, Target, jaxlib_version, write_artifact
+from flame_jax.fke.compile import compile_bucket, platform_of, serialize
+from flame_jax.models.checkpoint import Checkpoint, CheckpointFolder
+from flame_jax.models.climber import Climber
+from flame_jax.models.serving import flat_weights
+from flame_jax.packing import Bucket, Extent, Layout, SlotLayout, place, slot_layout
+from flame_jax.pda.lmdb_store import LmdbWriter
+from flame_jax.pda.records import feature_row, item_dtype
+from flame_jax.record import BlockEvents, RecordLayout
+from flame_jax.request import History
+from flame_jax.schema import Block, Feature, FeatureSchema
+from flame_jax.vocabulary import Vocabulary
+
+USERS, ITEMS, ACTIONS = 30, 40, 5
+
+SCHEMA = FeatureSchema(
+    tasks=("like", "love"),
+    scenarios=("home", "search"),
+    actions=ACTIONS,
+    blocks=(Block("all"), Block("liked", (3, 4))),
+    block_length=16,
+    item_features=(Feature("genres", "bits", 5), Feature("decade", "numeric")),
+    user_features=(Feature("age", "categorical", 3), Feature("height", "numeric")),
+    context_features=(Feature("hour", "categorical", 24),),
+)
+MODEL = ModelConfig(width=16, layers=1, heads=2, head_dim=8, ffn=32, gate_reduction=4, head_hidden=8)
+LAYOUT = Layout(align=8, max_requests=4)
+BUCKETS = (Bucket(32, 16), Bucket(64, 32))
+
+ITEM_IDS = np.array([1000 + 7 * i if i % 3 else 2**40 + i for i in range(ITEMS)], np.int64)
+"""External ids; some of them don't fit 32 bits."""
+
+GENRES = np.where(np.arange(ITEMS) % 2, 0b00101, 0b00010) | np.where(np.arange(ITEMS) % 3, 0, 0b01000)
+"""Of each item; the first two bits tell its parity."""
+
+
+def config(folder: Path, **changed: object) -> Config:
+    """A whole configuration whose folders lie in `folder`."""
+    settings: dict[str, object] = {
+        "checkpoint": str(folder / "checkpoint"),
+        "label_actions": {"like": [3, 4], "love": [4]},
+        "epochs": 8,
+        "learning_rate": 0.02,
+        "tokens": 256,
+        "candidates": 64,
+        "chunk": 8,
+        "min_history": 3,
+        "dropout": 0.0,  # each random mask adds a second to the compilation
+        "unknown_rate": 0.05,
+    }
+    return Config(
+        store=StoreConfig(path=str(folder / "store")),
+        schema=SCHEMA,
+        layout=Layout(align=8, max_requests=16),
+        model=MODEL,
+        train=TrainConfig(**(settings | changed)),  # type: ignore[arg-type]
+        export=ExportConfig(artifact=str(folder / "artifact"), version="7", buckets=BUCKETS),
+    )
+
+
+def write_config(settings: Config, path: Path) -> str:
+    """Write a configuration as a file that `--config` reads, and return its name."""
+    path.write_text(json.dumps(dataclasses.asdict(settings)))
+    return str(path)
+
+
+def user_history(user: int) -> History:
+    """20 to 29 events: items of the user's own parity are liked, the others are not; some times tie."""
+    random = np.random.default_rng(user)
+    count = 20 + user % 10
+    items = random.choice(ITEMS, count, replace=False)
+    liked = items % 2 == user % 2
+    actions = np.where(liked, random.integers(3, 5, count), random.integers(0, 3, count)).astype(np.int32)
+    times = np.sort(1_000_000_000 + random.integers(0, 15, count) * 3600)
+    return History(ITEM_IDS[items], actions, times.astype(np.int64))
+
+
+def write_store(path: Path, *, ids: np.ndarray = ITEM_IDS) -> None:
+    """A store of planted preferences, `ids` being the items' external ids."""
+    rows = np.zeros(ITEMS, item_dtype(SCHEMA))
+    rows["id"], rows["genres"], rows["decade"] = ids, GENRES, np.arange(ITEMS) / 100
+    renamed = dict(zip(ITEM_IDS.tolist(), ids.tolist(), strict=True))
+    with LmdbWriter(path, SCHEMA) as writer:
+        writer.put_items(rows, {int(ids[0]): "The First"})
+        writer.put_users(
+            (
+                f"u{user:02d}",
+                dataclasses.replace(
+                    history := user_history(user),
+                    item_ids=np.array([renamed[i] for i in history.item_ids.tolist()], np.int64),
+                ),
+                feature_row(SCHEMA.user_features, {"age": user % 2, "height": 0.15 + user / 1000}),
+            )
+            for user in range(USERS)
+        )
+        writer.finish("tiny")
+
+
+def model(seed: int = 0, vocabulary: int = ITEMS + 1) -> Climber:
+    """A model of random weights."""
+    return Climber(MODEL, SCHEMA, vocabulary, rngs=nnx.Rngs(seed))
+
+
+def vocabulary() -> Vocabulary:
+    """Every item of the store."""
+    return Vocabulary(ITEM_IDS)
+
+
+def checkpoint(step: int = 1, seed: int = 0) -> Checkpoint:
+    """A checkpoint of random weights."""
+    weights = {name: np.asarray(value) for name, value in random_weights(seed).items()}
+    optimizer = [np.array(step, np.int32), np.arange(6, dtype=np.float32).reshape(2, 3)]
+    return Checkpoint(step, MODEL, SCHEMA, vocabulary(), weights, optimizer)
+
+
+def save_checkpoint(path: Path, *steps: int) -> None:
+    """Save checkpoints of random weights, seeded by their steps."""
+    with CheckpointFolder(path) as folder:
+        for step in steps:
+            folder.save(checkpoint(step, seed=step))
+
+
+@cache
+def random_weights(seed: int) -> dict[str, np.ndarray]:
+    """Name -> array of a model whose biases and norms are random too."""
+    random = np.random.default_rng(seed)
+    return {
+        name: (value + 0.05 * random.normal(size=value.shape)).astype(np.float32)
+        for name, value in flat_weights(model(seed)).items()
+    }
+
+
+@cache
+def compiled(bucket: Bucket) -> jax.stages.Compiled:
+    """The executable of a bucket."""
+    return compile_bucket(MODEL, SCHEMA, LAYOUT, bucket, ITEMS + 1, precision="highest", device=jax.devices()[0])
+
+
+@cache
+def executables() -> dict[Bucket, bytes]:
+    """Every bucket's executable, serialised."""
+    return {bucket: serialize(compiled(bucket)) for bucket in BUCKETS}
+
+
+def record(layout: RecordLayout, random: np.random.Generator, history: int, candidates: int) -> np.ndarray:
+    """A record of random content: `history` events in the first block, half of them in the second."""
+    blocks = [
+        BlockEvents(
+            random.integers(0, ITEMS + 1, count).astype(np.int32),
+            random.integers(0, ACTIONS, count).astype(np.int32),
+            np.sort(random.integers(0, 10**6, count)).astype(np.int32),
+        )
+        for count in (history, history // 2)
+    ]
+    height = np.array([1.8], np.float32).view(np.int32)[0]
+    return layout.encode(
+        scenario=int(random.integers(2)),
+        request_time=10**6 + 5,
+        request_words=np.array([random.integers(3), height, random.integers(24)], np.int32),
+        blocks=blocks,
+        candidates=random.integers(0, ITEMS + 1, candidates).astype(np.int32),
+        item_columns=[
+            random.integers(0, 32, candidates).astype(np.int32),
+            random.normal(size=candidates).astype(np.float32).view(np.int32),
+        ],
+    )
+
+
+def packed_slot(bucket: Bucket, extents: list[Extent], seed: int = 0) -> tuple[np.ndarray, SlotLayout]:
+    """The words of a slot that holds random requests of these extents."""
+    slot, layout = slot_layout(SCHEMA, LAYOUT, bucket), RecordLayout(SCHEMA)
+    random = np.random.default_rng(seed)
+    words = np.zeros(slot.words, np.int32)
+    for row, (extent, where) in enumerate(zip(extents, place(extents, bucket, LAYOUT), strict=True)):
+        written = record(layout, random, *extent)
+        layout.write(slot.views(words), row, where, written, 0, extent.candidates)
+    return words, slot
+
+
+def temporary_folder() -> Path:
+    """A folder for what several test modules share; it goes away with the process."""
+    folder = Path(tempfile.mkdtemp(prefix="flame-tests-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One whole training run through the command line.
+
+    Attributes:
+        config_file: what `--config` takes.
+        losses: of every step.
+        printed: on stdout.
+    """
+
+    config: Config
+    config_file: str
+    losses: list[float]
+    printed: str
+
+
+@cache
+def trained_run() -> Run:
+    """Train on a store of planted preferences; its folders must not be changed."""
+    folder = temporary_folder()
+    settings = config(folder)
+    write_store(folder / "store")
+    file, printed = write_config(settings, folder / "config.yaml"), io.StringIO()
+    with compilation_cache(), recorded_losses() as losses, contextlib.redirect_stdout(printed):
+        train.main(["--config", file])
+    return Run(settings, file, losses, printed.getvalue())
+
+
+@contextlib.contextmanager
+def compilation_cache() -> Iterator[None]:
+    """Inside, what was compiled once in this process is not compiled again: a training step takes ten seconds."""
+    settings = {
+        "jax_compilation_cache_dir": str(_cache_folder()),
+        "jax_persistent_cache_min_compile_time_secs": 0.5,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    try:
+        for name, value in settings.items():
+            jax.config.update(name, value)  # type: ignore[no-untyped-call]
+        reset_cache()
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)  # type: ignore[no-untyped-call]
+        reset_cache()
+
+
+@cache
+def _cache_folder() -> Path:
+    return temporary_folder()
+
+
+@contextlib.contextmanager
+def recorded_losses() -> Iterator[list[float]]:
+    """Collect the loss of every training step."""
+    losses: list[float] = []
+    real = train.make_step
+
+    def recording(*args: Any) -> Any:
+        step = real(*args)
+
+        def run(*inputs: Any) -> Any:
+            out = step(*inputs)
+            losses.append(float(out[2]))
+            return out
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "make_step", recording)
+        yield losses
+
+
+def device() -> jax.Device:
+    """What tests run on."""
+    return jax.devices()[0]
+
+
+def platform() -> str:
+    """The test device's platform, in an artifact's words."""
+    return platform_of(device())
+
+
+def save_artifact(path: Path, **changed: Any) -> Manifest:
+    """Write an artifact of random weights; arguments replace those of `write_artifact`."""
+    arguments: dict[str, Any] = {
+        "version": "7",
+        "model": MODEL,
+        "schema": SCHEMA,
+        "layout": LAYOUT,
+        "target": Target(platform(), device().device_kind, jaxlib_version()),
+        "matmul_precision": "highest",
+        "kernels": {"sumi_attention": "xla"},
+        "weights": random_weights(3),
+        "vocabulary": vocabulary(),
+        "executables": executables(),
+    }
+    return write_artifact(path, **(arguments | changed))
+
+
+def forge(folder: Path, name: str, data: bytes) -> None:
+    """Replace one file of an artifact and put its new hash into the manifest."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][name] = hashlib.sha256(data).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / name).write_bytes(data)
