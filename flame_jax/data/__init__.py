@@ -1,0 +1,1 @@
+"""Importers of interaction logs into the store."""

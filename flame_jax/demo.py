@@ -1,0 +1,54 @@
+"""`python -m flame_jax.demo --config FILE [--keep]`: start the server, rank real users, stop it."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+
+USERS = ("42", "7", "405")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Exit with the first status that is not 0."""
+    parser = argparse.ArgumentParser(prog="python -m flame_jax.demo", description=__doc__)
+    parser.add_argument("--config", required=True, metavar="FILE", help="configuration that was trained and exported")
+    parser.add_argument("--keep", action="store_true", help="leave the server up, on its configured ports")
+    args = parser.parse_args(argv)
+    command = [sys.executable, "-m", "flame_jax.server", "--config", args.config, "--server.log_level", "WARNING"]
+    if not args.keep:
+        command += ["--server.port", "0", "--server.metrics_port", "0"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        target = wait_ready(server)
+        for user in USERS:
+            print(flush=True)
+            rank = [sys.executable, "-m", "flame_jax.client", "rank", "--target", target, "--user", user, "--top", "10"]
+            subprocess.run(rank, check=True)
+        if args.keep:
+            print(f"\nserving on {target}; stop with Ctrl-C", flush=True)
+            server.wait()
+    except KeyboardInterrupt:
+        pass
+    except subprocess.CalledProcessError as error:
+        sys.exit(error.returncode)
+    finally:
+        if server.poll() is None:
+            server.send_signal(signal.SIGTERM)
+    sys.exit(server.wait())
+
+
+def wait_ready(server: subprocess.Popen[str]) -> str:
+    """Pass the ready line on and return its HOST:PORT. Exits with the server's status if it ends first."""
+    assert server.stdout is not None
+    for line in server.stdout:
+        print(line, end="", flush=True)
+        if line.startswith("READY "):
+            return dict(part.split("=", 1) for part in line.split()[1:])["grpc"]
+    sys.exit(server.wait() or 1)
+
+
+if __name__ == "__main__":
+    main()
