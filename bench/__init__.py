@@ -1,0 +1,1 @@
+"""Benchmarks and device checks; results lie under `bench/results/`."""
