@@ -13,10 +13,10 @@ help:
 	@echo "make test   run the tests;  make lint: ruff and mypy"
 
 # The first interpreter that is 3.12 or newer: on PATH, then among those that pyenv keeps.
-$(VENV)/installed: pyproject.toml requirements.lock requirements-demo.lock
+$(VENV)/installed: pyproject.toml requirements.lock
 	@set -e; \
 	for p in python3.12 python3.13 "$$(pyenv root 2>/dev/null)"/versions/3.1[2-9]*/bin/python3; do \
-	  if "$$p" -c 'import sys, venv; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then found="$$p"; break; fi; \
+	  if "$$p" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then found="$$p"; break; fi; \
 	done; \
 	if [ -z "$$found" ]; then echo "FLAME-JAX needs Python 3.12 or newer: install python3.12 with its venv module" >&2; exit 1; fi; \
 	echo "using $$("$$found" -c 'import sys; print(sys.executable, sys.version.split()[0])')"; \
@@ -33,7 +33,7 @@ $(DEMO)/recbole: $(VENV)/installed requirements-demo.lock
 	@touch $@
 
 # Marker files: a folder's own time says nothing of its content.
-$(DEMO)/store.done: $(DEMO)/recbole
+$(DEMO)/store.done: | $(DEMO)/recbole
 	rm -rf $(DEMO)/store
 	$(PY) -m flame_jax.data import ml-100k --store $(DEMO)/store
 	@touch $@
@@ -42,7 +42,7 @@ $(DEMO)/checkpoint.done: $(DEMO)/store.done $(CONFIG)
 	$(PY) -m flame_jax.train --config $(CONFIG)
 	@touch $@
 
-$(DEMO)/artifact.done: $(DEMO)/checkpoint.done
+$(DEMO)/artifact.done: $(DEMO)/checkpoint.done $(VENV)/installed
 	$(PY) -m flame_jax.export --config $(CONFIG)
 	@touch $@
 
@@ -73,7 +73,8 @@ lock: $(VENV)/installed
 	  --no-emit-index-url --no-header --no-annotate -o requirements.lock
 
 wheel: $(VENV)/installed
+	rm -rf build dist
 	$(PY) -m pip wheel --quiet --no-deps --no-build-isolation -w dist .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info $(DEMO)
+	rm -rf $(VENV) build dist *.egg-info $(DEMO) .*_cache .hypothesis

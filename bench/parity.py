@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -44,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     scores, latency = rank_users(settings, LmdbStore(config.store.path), args.users)
     safetensors.numpy.save_file(scores, out / "scores.safetensors")
     result: dict[str, Any] = {
-        **describe(f"python -m bench.parity --config {args.config}", args.commit),
+        **describe(
+            shlex.join(["python", "-m", "bench.parity", *(sys.argv[1:] if argv is None else argv)]), args.commit
+        ),
         "matmul_precision": config.export.matmul_precision,
         "users": len(scores),
         "pairs": int(sum(map(len, scores.values()))),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,8 @@ import numpy as np
 
 from flame_jax.config import StoreConfig, refuse
 from flame_jax.pda.lmdb_store import LmdbStore
-from flame_jax.pda.store import StoreError
+from flame_jax.pda.records import CorruptRecord
+from flame_jax.pda.store import MAX_USER_KEY, StoreError
 from flame_jax.request import History
 from flame_jax.server.proto import ranking_pb2, ranking_pb2_grpc
 
@@ -91,11 +93,16 @@ class RankingClient:
 
         Args:
             candidates: external item ids, int64[C].
+            history: sent instead of the store's; see `flame_jax.request.History`.
             timeout: seconds; the server's default when None.
 
         Raises:
             grpc.RpcError: the call failed; its details begin with the server's fixed code.
+            ValueError: candidates are not integers, or not int64.
         """
+        ids = np.asarray(candidates)
+        if ids.size and (ids.dtype.kind not in "iu" or (ids.dtype.kind == "u" and ids.max() > np.iinfo(np.int64).max)):
+            raise ValueError(f"candidates must be int64 item ids, not {ids.dtype}")
         request = ranking_pb2.RankRequest(
             user=user,
             model=model,
@@ -104,7 +111,7 @@ class RankingClient:
             request_id=request_id,
             traffic_class=traffic_class,
             request_time=request_time,
-            candidate_ids=np.asarray(candidates, "<i8").tobytes(),
+            candidate_ids=ids.astype("<i8").tobytes(),
             tasks=tasks,
             top_k=top_k,
         )
@@ -114,8 +121,8 @@ class RankingClient:
             request.history.timestamps = history.timestamps.astype("<i8").tobytes()
             request.history.SetInParent()
         for name, value in (context or {}).items():
-            if isinstance(value, int):
-                request.context[name].integer = value
+            if isinstance(value, (int, np.integer)):
+                request.context[name].integer = int(value)
             else:
                 request.context[name].number = value
         started = time.perf_counter()
@@ -145,9 +152,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     rank = parser.add_subparsers(required=True, metavar="COMMAND").add_parser("rank", help="rank items for one user")
     rank.add_argument("--target", default=DEFAULT_TARGET, metavar="HOST:PORT", help="server (default %(default)s)")
     rank.add_argument("--user", required=True, metavar="KEY", help="the user's key in the store")
-    rank.add_argument("--top", type=int, default=10, metavar="N", help="items to show (default %(default)s)")
+    rank.add_argument("--top", type=_count, default=10, metavar="N", help="items to show (default %(default)s)")
     rank.add_argument(
-        "--candidates", metavar="ID,ID,...", help="item ids; default: what the store has and the user lacks"
+        "--candidates", type=_ids, metavar="ID,ID,...", help="item ids; default: what the store has and the user lacks"
     )
     rank.add_argument(
         "--store",
@@ -164,54 +171,72 @@ def main(argv: Sequence[str] | None = None) -> None:
         shown = _rank(args)
     except grpc.RpcError as error:
         refuse(PROG, f"{error.code().name}: {error.details()}", status=1)
-    except (StoreError, ValueError) as error:
+    except (StoreError, CorruptRecord, ValueError, OverflowError) as error:
         refuse(PROG, str(error), status=1)
     print(json.dumps(shown) if args.json else _as_text(shown))
 
 
+def _ids(text: str) -> np.ndarray:
+    try:
+        return np.array([int(part) for part in text.split(",")], np.int64)
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a comma-separated list of 64-bit item ids") from None
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) > 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a count")
+    return int(text)
+
+
 def _rank(args: argparse.Namespace) -> dict[str, Any]:
-    catalogue = _Catalogue(args.store)
-    history = catalogue.history(args.user)
-    if args.candidates is not None:
-        candidates = np.array([int(part) for part in args.candidates.split(",")], np.int64)
-    else:
-        candidates = catalogue.unseen(history)
-    seconds = args.time if args.time is not None else int(history.timestamps[-1]) if len(history) else None
-    with RankingClient(args.target) as client:
-        answer = client.rank(args.user, candidates, top_k=args.top, request_time=seconds)
-    liked = history.item_ids[history.actions == history.actions.max()][-5:][::-1] if len(history) else []
-    return {
-        "user": args.user,
-        "recent_likes": [{"item": int(i), "title": catalogue.title(i)} for i in liked],
-        "candidates": len(candidates),
-        "ranked": [
-            {"item": int(i), "title": catalogue.title(i), "score": float(s)}
-            for i, s in zip(answer.top_ids, answer.top_scores, strict=True)
-        ],
-        "model": answer.model,
-        "version": answer.version,
-        "flags": answer.flags,
-        "timings_us": answer.timings_us,
-        "latency_ms": answer.latency_ms,
-    }
+    with contextlib.closing(_Catalogue(args.store)) as catalogue:
+        history = catalogue.history(args.user)
+        candidates = catalogue.unseen(history) if args.candidates is None else args.candidates
+        seconds = args.time if args.time is not None else int(history.timestamps[-1]) if len(history) else None
+        with RankingClient(args.target) as client:
+            answer = client.rank(args.user, candidates, top_k=args.top, request_time=seconds)
+        liked = history.item_ids[history.actions == history.actions.max()][-5:][::-1] if len(history) else []
+        return {
+            "user": args.user,
+            "store": args.store if catalogue.missing is None else None,
+            "recent_likes": [{"item": int(i), "title": catalogue.title(i)} for i in liked],
+            "candidates": len(candidates),
+            "ranked": [
+                {"item": int(i), "title": catalogue.title(i), "score": float(s)}
+                for i, s in zip(answer.top_ids, answer.top_scores, strict=True)
+            ],
+            "model": answer.model,
+            "version": answer.version,
+            "flags": answer.flags,
+            "timings_us": answer.timings_us,
+            "latency_ms": answer.latency_ms,
+        }
 
 
 class _Catalogue:
     """What a local store tells of items and users; without one, ids stand for themselves."""
 
     def __init__(self, path: str) -> None:
+        self.missing: StoreError | None = None
         try:
             self._store: LmdbStore | None = LmdbStore(path)
         except StoreError as error:
-            self._store, self._missing = None, error
+            self._store, self.missing = None, error
+
+    def close(self) -> None:
+        if self._store is not None:
+            self._store.close()
 
     def history(self, user: str) -> History:
-        record = self._store.read(user, np.empty(0, np.int64)).user if self._store else None
+        if self._store is None or not 0 < len(user.encode()) <= MAX_USER_KEY:
+            return History.empty()
+        record = self._store.read(user, np.empty(0, np.int64)).user
         return record.history if record else History.empty()
 
     def unseen(self, history: History) -> np.ndarray:
         if self._store is None:
-            raise StoreError(f"{self._missing}; name a store with --store, or items with --candidates")
+            raise StoreError(f"{self.missing} (name a store with --store, or items with --candidates)")
         return np.setdiff1d(self._store.item_ids(), history.item_ids)
 
     def title(self, item: int) -> str:
@@ -219,7 +244,8 @@ class _Catalogue:
 
 
 def _as_text(shown: Mapping[str, Any]) -> str:
-    lines = [f"user {shown['user']} recently gave the highest marks to"]
+    lines = [f"titles, likes and candidates from {shown['store']}"] if shown["store"] else []
+    lines.append(f"user {shown['user']} recently gave the highest marks to")
     lines += [f"    {like['title']}" for like in shown["recent_likes"]] or ["    nothing known"]
     lines.append(f"best of {shown['candidates']} candidates by {shown['model']} version {shown['version']}")
     lines += [f"{n:4d}  {row['score']:.4f}  {row['title']}" for n, row in enumerate(shown["ranked"], start=1)]

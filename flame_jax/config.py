@@ -106,9 +106,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _at_least(1, "train", self, "epochs", "tokens", "candidates", "chunk")
         _at_least(0, "train", self, "learning_rate", "weight_decay", "min_history", "seed")
-        for name in ("dropout", "test_fraction", "unknown_rate"):
+        for name in ("dropout", "unknown_rate"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"train.{name} must lie in [0, 1), not {getattr(self, name)}")
+        if not 0 < self.test_fraction < 1:
+            raise ValueError(f"train.test_fraction must lie in (0, 1), not {self.test_fraction}")
 
 
 @dataclass(frozen=True)
@@ -182,9 +184,10 @@ class ServerConfig:
     def __post_init__(self) -> None:
         _at_least(0, "server", self, "port", "metrics_port", "drain_seconds")
         _at_least(1, "server", self, "max_candidates", "max_message_mib", "max_in_flight", "default_timeout_ms")
-        for name in ("port", "metrics_port"):
-            if getattr(self, name) > 65535:
-                raise ValueError(f"server.{name} must be at most 65535, not {getattr(self, name)}")
+        # gRPC keeps message sizes in a C int of bytes.
+        for name, most in (("port", 65535), ("metrics_port", 65535), ("max_message_mib", 2047)):
+            if getattr(self, name) > most:
+                raise ValueError(f"server.{name} must be at most {most}, not {getattr(self, name)}")
         if not self.traffic_classes or not all(self.traffic_classes):
             raise ValueError("server.traffic_classes must be non-empty names")
 
@@ -224,6 +227,12 @@ def load(argv: Sequence[str] | None = None, *, prog: str) -> Config:
     parser.add_class_arguments(Config)
     if any(a == "--config" or a.startswith("--config=") for a in args[1:]):
         refuse(prog, "--config must be the first argument: the file would override the flags before it")
+    for flag in args:
+        if flag.startswith("--") and flag[2:].split("=")[0] in Config.__dataclass_fields__:
+            refuse(prog, f"{flag} takes no value: name one of its fields, or use --config")
+    for name in Config.__dataclass_fields__:
+        if f"{ENV_PREFIX}_{name.upper()}" in os.environ:
+            refuse(prog, f"{ENV_PREFIX}_{name.upper()} names a section: set its fields, or use --config")
     known = {f"{ENV_PREFIX}_{name.replace('.', '__').upper()}" for name in parser.get_defaults().keys(branches=True)}
     for name in sorted(os.environ):
         if name.startswith(f"{ENV_PREFIX}_") and "__" in name and name not in known:

@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from flame_jax.config import Config, load, refuse
-from flame_jax.fke.artifact import Manifest, Target, jaxlib_version, write_artifact
+from flame_jax.fke.artifact import ArtifactError, Manifest, Target, jaxlib_version, write_artifact
 from flame_jax.fke.buckets import make_ladder
 from flame_jax.fke.compile import compile_bucket, platform_of, serialize
 from flame_jax.models.checkpoint import Checkpoint, CheckpointError, load_checkpoint
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         checkpoint = load_checkpoint(config.train.checkpoint)
         checkpoint.check_fits(config.model, config.schema, config.train.checkpoint)
         manifest = export(config, checkpoint, jax.devices()[0])
-    except (CheckpointError, ValueError, OSError) as error:
+    except (ArtifactError, CheckpointError, ValueError, OSError) as error:
         refuse(PROG, str(error), status=1)
     print(
         f"wrote {config.export.artifact}: model {manifest.model.name} version {manifest.version}, "

@@ -132,10 +132,6 @@ class FeatureSchema:
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"feature schema is malformed: {error}") from error
 
-    def fingerprint(self) -> str:
-        """SHA-256 of the whole schema: two programs agree on a slot only if these are equal."""
-        return _digest(self.to_json())
-
     def store_fingerprint(self) -> str:
         """SHA-256 of what the store holds: records of another fingerprint cannot be read."""
         whole = self.to_json()

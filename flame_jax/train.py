@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -46,6 +48,8 @@ class Split(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, evaluate, print and save the quality table."""
     config = load(argv, prog=PROG)
+    if importlib.util.find_spec("sklearn") is None:
+        refuse(PROG, "training needs scikit-learn: pip install 'flame-jax[demo]'", status=1)
     try:
         store = LmdbStore(config.store.path, config.schema)
         dataset = Dataset(store, config.schema)
@@ -54,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             report(config, *train(config, dataset, folder))
     except (StoreError, CheckpointError, ValueError, OSError) as error:
         refuse(PROG, str(error), status=1)
+    except KeyboardInterrupt:
+        refuse(PROG, "interrupted; run again to go on from the last finished epoch", status=130)
 
 
 def cuts(config: Config, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
@@ -82,8 +88,7 @@ def train(config: Config, dataset: Dataset, folder: CheckpointFolder) -> tuple[S
         The held-out slice, and probability per event of the model and of both baselines, by name.
     """
     settings = config.train
-    if missing := set(config.schema.tasks) - set(settings.label_actions):
-        raise ValueError(f"train.label_actions lacks the tasks {sorted(missing)}")
+    check_trainable(config)
     trained, ends = cuts(config, dataset)
     if (widest := int((ends - trained).max(initial=0))) > settings.candidates:
         raise ValueError(f"train.candidates is {settings.candidates}, a user has {widest} held-out events")
@@ -105,6 +110,21 @@ def train(config: Config, dataset: Dataset, folder: CheckpointFolder) -> tuple[S
         "user + item": bias_model.predict(held.users, held.items),
         config.model.name: scores,
     }
+
+
+def check_trainable(config: Config) -> None:
+    """Raise ValueError for labels that can't be made; warn of inputs that a store's events can't train."""
+    labels = config.train.label_actions
+    if missing := set(config.schema.tasks) - set(labels):
+        raise ValueError(f"train.label_actions lacks the tasks {sorted(missing)}")
+    if bad := {action for actions in labels.values() for action in actions if not 0 <= action < config.schema.actions}:
+        raise ValueError(f"train.label_actions names actions {sorted(bad)} outside [0, {config.schema.actions})")
+    if config.schema.context_features or len(config.schema.scenarios) > 1:
+        print(
+            "warning: a store's events carry no context and no scenario: the weights of schema.context_features and "
+            "of scenarios beyond the first stay untrained",
+            file=sys.stderr,
+        )
 
 
 def start_from_biases(model: Climber, vocabulary: Vocabulary, biases: BiasModel) -> None:
@@ -129,7 +149,10 @@ def fit(
     """Train `model` in place for the epochs that the newest checkpoint has not seen yet."""
     settings = config.train
     sample = partial(sample_examples, trained, chunk=settings.chunk, min_history=settings.min_history)
-    steps = max(1, sum(1 for _ in packer.batches(sample(random=np.random.default_rng(settings.seed)))))
+    examples = sample(random=np.random.default_rng(settings.seed))
+    if not examples:
+        raise ValueError("no user has an event to train on")
+    steps = sum(1 for _ in packer.batches(examples))
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.adamw(
@@ -141,19 +164,20 @@ def fit(
     graph, weights = nnx.split(model)
     state = optimizer.init(weights)
     begun = 0
-    split = {n: getattr(settings, n) for n in ("test_fraction", "validation", "min_history", "label_actions")}
+    fixed = {
+        name: value for name, value in dataclasses.asdict(settings).items() if name not in ("checkpoint", "epochs")
+    }
     if (checkpoint := folder.latest()) is not None:
         checkpoint.check_fits(config.model, config.schema, folder.path)
-        if checkpoint.training != split or not np.array_equal(checkpoint.vocabulary.keys, vocabulary.keys):
-            raise CheckpointError(
-                f"checkpoint {folder.path} was trained on other events: keep the store, train.test_fraction, "
-                "train.validation, train.min_history and train.label_actions, or train into a new folder"
-            )
+        check_resumable(checkpoint, fixed, vocabulary, folder.path)
         load_weights(model, checkpoint.weights)
         weights = nnx.state(model)
         state = jax.tree.unflatten(jax.tree.structure(state), [jnp.asarray(leaf) for leaf in checkpoint.optimizer])
         begun = checkpoint.step
 
+    if begun >= settings.epochs:
+        print(f"checkpoint {folder.path} has all {settings.epochs} epochs: nothing to train")
+        return
     step = make_step(config, graph, optimizer, packer)
     for epoch in range(begun, settings.epochs):
         random = np.random.default_rng((settings.seed, epoch))
@@ -168,13 +192,29 @@ def fit(
         nnx.update(model, weights)
         leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
         weights_now = flat_weights(model)
-        folder.save(Checkpoint(epoch + 1, config.model, config.schema, vocabulary, weights_now, leaves, split))
+        folder.save(Checkpoint(epoch + 1, config.model, config.schema, vocabulary, weights_now, leaves, fixed))
+
+
+def check_resumable(checkpoint: Checkpoint, fixed: dict[str, Any], vocabulary: Vocabulary, path: Path) -> None:
+    """Raise CheckpointError, naming what differs, unless training may go on from a checkpoint."""
+    changed = [f"train.{name}" for name, value in fixed.items() if checkpoint.training.get(name) != value]
+    if not np.array_equal(checkpoint.vocabulary.keys, vocabulary.keys):
+        changed.append("the store's items")
+    if changed:
+        raise CheckpointError(
+            f"checkpoint {path} can't be resumed, for {', '.join(changed)} changed: remove the folder to train anew"
+        )
 
 
 def decayed(weights: Any) -> Any:
     """Which weights decay: matrices and embedding tables, not biases, norms, temperatures."""
-    kept = ("_b", "_scale", "_shift", "item_bias", "temperature", "bias")
-    return jax.tree.map_with_path(lambda path, _: not str(getattr(path[-2], "key", path[-1])).endswith(kept), weights)
+    kept = ("_b", "_scale", "_shift", "temperature", "bias")
+
+    def decays(path: Any, _: Any) -> bool:
+        group, name = str(path[0].key), str(path[-2].key)
+        return group == "features" or not name.endswith(kept)
+
+    return jax.tree.map_with_path(decays, weights)
 
 
 def make_step(config: Config, graph: Any, optimizer: optax.GradientTransformation, packer: Packer) -> Any:

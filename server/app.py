@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import json
 import logging
+import os
 import signal
 import socket
 import sys
@@ -27,6 +28,7 @@ from flame_jax.fke.engine import Engine
 from flame_jax.pda.assembler import Assembler
 from flame_jax.pda.lmdb_store import LmdbStore
 from flame_jax.pda.store import StoreError
+from flame_jax.schema import FeatureSchema
 from flame_jax.server.metrics import Metrics
 from flame_jax.server.ranking import SERVICE, Inbox, RankingService
 
@@ -34,6 +36,8 @@ from flame_jax.server.ranking import SERVICE, Inbox, RankingService
 from flame_jax.server.proto import ranking_pb2  # noqa: F401  isort: skip
 
 PROG = "python -m flame_jax.server"
+STOP_SECONDS = 5.0
+"""After the drain, how long the dispatcher may take to finish what runs on the device."""
 
 log = logging.getLogger("flame_jax.server")
 
@@ -48,7 +52,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(
         level=config.server.log_level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    log.info("configuration: %s", json.dumps(dataclasses.asdict(config)))
     try:
         status = uvloop.run(serve(config))
     except (StartError, ArtifactError, StoreError) as error:
@@ -72,17 +75,26 @@ async def serve(config: Config) -> int:
         metrics_port = metrics.listen(settings.host, settings.metrics_port)
     except OSError as error:
         raise StartError(
-            f"metrics port {_address(settings.host, settings.metrics_port)} is taken: {error.strerror}"
+            f"metrics port {_address(settings.host, settings.metrics_port)} can't be bound: {error.strerror}"
         ) from error
 
     loop = asyncio.get_running_loop()
     stopped: asyncio.Future[int] = loop.create_future()
+    if config.schema not in (FeatureSchema(), manifest.schema):
+        log.warning("the configuration's schema is not the artifact's, which is the one served")
 
     def die() -> None:
         loop.call_soon_threadsafe(_stop, stopped, 1)
 
-    engine = Engine(artifact, jax.devices()[0])
-    engine.warm()
+    try:
+        device = jax.devices()[0]
+    except (RuntimeError, AssertionError) as error:
+        raise StartError("JAX finds no device; see JAX_PLATFORMS and the installed extra (cuda13, cuda12)") from error
+    try:
+        engine = Engine(artifact, device)
+        engine.warm()
+    except jax.errors.JaxRuntimeError as error:
+        raise StartError(f"the device can't run artifact {artifact.path}: {error}") from error
     assembler = Assembler(manifest.schema, engine.vocabulary)
     inbox = Inbox(loop)
     dispatcher = Dispatcher(
@@ -110,6 +122,7 @@ async def serve(config: Config) -> int:
         inbox=inbox,
         metrics=metrics,
     )
+    log.info("configuration: %s", json.dumps(dataclasses.asdict(config)))
     compiles = CompileCounter()
     _export(metrics, engine, service, dispatcher, compiles)
     checks = health.aio.HealthServicer()
@@ -131,10 +144,13 @@ async def serve(config: Config) -> int:
     log.info("draining %d calls", service.in_flight)
     service.draining = True
     await checks.enter_graceful_shutdown()
-    await _drained(service, settings.drain_seconds)
+    if not await _drained(service, settings.drain_seconds):
+        log.error("%d calls did not finish within server.drain_seconds", service.in_flight)
+        status = 1
     await server.stop(grace=1.0)
-    if status == 0:
-        await asyncio.to_thread(dispatcher.stop)
+    if status == 0 and not await asyncio.to_thread(dispatcher.stop, STOP_SECONDS):
+        log.error("a batch did not finish: the device hangs")
+        status = 1
     store.close()
     log.info("stopped; %d compilations after READY", compiles.count)
     return status
@@ -145,16 +161,17 @@ def _bind(config: Config) -> tuple[grpc.aio.Server, int]:
     settings = config.server
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     address = _address(settings.host, settings.port)
-    taken = StartError(f"gRPC port {address} can't be bound; is it taken?")
     try:
         # gRPC prints a line of its own when it can't bind, so ask the kernel first.
         socket.create_server((settings.host, settings.port), family=family).close()
     except OSError as error:
-        raise taken from error
+        raise StartError(f"gRPC port {address} can't be bound: {error.strerror}") from error
     size = settings.max_message_mib << 20
     server = grpc.aio.server(
         options=[
             ("grpc.so_reuseport", 0),
+            # Per connection: enough to refuse calls at once, few enough to bound what waits in our memory.
+            ("grpc.max_concurrent_streams", settings.max_in_flight + 256),
             ("grpc.max_receive_message_length", size),
             ("grpc.max_send_message_length", size),
         ]
@@ -162,7 +179,7 @@ def _bind(config: Config) -> tuple[grpc.aio.Server, int]:
     try:
         return server, server.add_insecure_port(address)
     except RuntimeError as error:
-        raise taken from error
+        raise StartError(f"gRPC port {address} can't be bound") from error
 
 
 def _address(host: str, port: int) -> str:
@@ -182,19 +199,19 @@ def _export(
             **{f"kernel_{op}": implementation for op, implementation in manifest.kernels.items()},
         }
     )
-    metrics.gauge("flame_compiles_after_ready", "XLA compilations since the server was ready", lambda: compiles.count)
+    metrics.counter("flame_compiles_after_ready", "XLA compilations since the server was ready", lambda: compiles.count)
     metrics.gauge("flame_in_flight", "Calls being answered", lambda: service.in_flight)
     metrics.gauge("flame_queued", "Requests waiting for the dispatcher", lambda: dispatcher.queued)
     for bucket in dispatcher.launched:
         read = partial(dispatcher.launched.__getitem__, bucket)
-        metrics.gauge("flame_batches", "Batches launched", read, bucket=bucket)
+        metrics.counter("flame_batches", "Batches launched", read, bucket=bucket)
 
 
 def _on_signal(stopped: asyncio.Future[int]) -> None:
     """The first signal drains; a second one ends the process at once."""
     if stopped.done():
         log.warning("second signal: stopping without drain")
-        raise SystemExit(1)
+        os._exit(1)
     _stop(stopped, 0)
 
 
@@ -203,10 +220,11 @@ def _stop(stopped: asyncio.Future[int], status: int) -> None:
         stopped.set_result(status)
 
 
-async def _drained(service: RankingService, seconds: float) -> None:
+async def _drained(service: RankingService, seconds: float) -> bool:
     try:
         async with asyncio.timeout(seconds):
             while service.in_flight:
                 await asyncio.sleep(0.01)
     except TimeoutError:
-        log.warning("%d calls did not finish within server.drain_seconds", service.in_flight)
+        return False
+    return True

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, start_http_server
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 _SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 STAGES = ("decode", "features", "queue", "assemble", "compute", "encode", "total")
-OUTCOMES = ("ok", "rejected", "expired", "cancelled", "error")
+
+
+class _Counts(Collector):
+    """A counter whose values are read from elsewhere."""
+
+    def __init__(self, name: str, text: str, labels: list[str]) -> None:
+        self._name, self._text, self._labels = name, text, labels
+        self.reads: list[tuple[list[str], Callable[[], float]]] = []
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """Called by the registry on every scrape."""
+        family = CounterMetricFamily(self._name, self._text, labels=self._labels)
+        for labels, read in self.reads:
+            family.add_metric(labels, read())
+        yield family
 
 
 class Metrics:
@@ -32,7 +48,7 @@ class Metrics:
         self._unknown_users = Counter("flame_unknown_users", "Calls of users not in the store", registry=self.registry)
         self._unknown_items = Counter("flame_unknown_items", "Candidates out of vocabulary", registry=self.registry)
         self._info = Info("flame_model", "What is served, and by which kernels", registry=self.registry)
-        self._gauges: dict[str, Gauge] = {}
+        self._counts: dict[str, _Counts] = {}
         self._children = {stage: self._stages.labels(stage) for stage in STAGES}
 
     def accepted(self) -> None:
@@ -59,12 +75,16 @@ class Metrics:
         """Name, version, device and kernel implementations of what is served."""
         self._info.info(info)
 
-    def gauge(self, name: str, text: str, read: Callable[[], float], **labels: str) -> None:
-        """Export a number that is read when scraped; one name may be given several times with other labels."""
-        if name not in self._gauges:
-            self._gauges[name] = Gauge(name, text, list(labels), registry=self.registry)
-        gauge = self._gauges[name]
-        (gauge.labels(**labels) if labels else gauge).set_function(read)
+    def gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
+        """Export a number that is read when scraped."""
+        Gauge(name, text, registry=self.registry).set_function(read)
+
+    def counter(self, name: str, text: str, read: Callable[[], float], **labels: str) -> None:
+        """Export a count that somebody else keeps, read when scraped; one name may be given with several labels."""
+        if name not in self._counts:
+            self._counts[name] = _Counts(name, text, list(labels))
+            self.registry.register(self._counts[name])
+        self._counts[name].reads.append((list(labels.values()), read))
 
     def listen(self, host: str, port: int) -> int:
         """Serve /metrics from a thread and return the port. Raises OSError when it is taken."""

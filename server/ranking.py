@@ -129,6 +129,8 @@ class RankingService:
             raise RankError(Fault.DEADLINE_EXCEEDED)
         request, request_id = self._validator.parse(message)
         decoded = time.monotonic_ns()
+        if deadline <= decoded:
+            raise RankError(Fault.DEADLINE_EXCEEDED)
         assembled = await self._features(request)
         assembled_at = time.monotonic_ns()
         done = await self._score(assembled.record, deadline)

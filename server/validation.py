@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import numpy as np
 from google.protobuf.message import DecodeError
@@ -34,8 +35,12 @@ class Validator:
         self._check_routing(wire)
         _require(_usable(wire.user, MAX_USER_KEY) and wire.user != "", Fault.BAD_USER)
         _require(len(wire.request_id.encode()) <= MAX_REQUEST_ID, Fault.BAD_REQUEST_ID)
-        request_time = wire.request_time if wire.HasField("request_time") else int(time.time())
+        history = self._history(wire.history) if wire.HasField("history") else None
+        newest = int(history.timestamps[-1]) if history is not None and len(history) else 0
+        # A caller whose clock runs ahead of ours may send an event just made: the default is never before it.
+        request_time = wire.request_time if wire.HasField("request_time") else max(int(time.time()), newest)
         _require(0 <= request_time <= MAX_TIME, Fault.BAD_REQUEST_TIME)
+        _require(newest <= request_time, Fault.BAD_HISTORY)
         candidates = self._candidates(wire.candidate_ids)
         _require(wire.top_k <= self._config.max_candidates, Fault.BAD_TOP_K)
         request = RankRequest(
@@ -43,9 +48,9 @@ class Validator:
             candidates=candidates,
             scenario=_index(wire.scenario, self._schema.scenarios, Fault.UNKNOWN_SCENARIO),
             request_time=request_time,
-            history=self._history(wire.history, request_time) if wire.HasField("history") else None,
+            history=history,
             context=self._context(wire),
-            tasks=self._tasks(list(wire.tasks)),
+            tasks=self._tasks(wire.tasks),
             top_k=min(wire.top_k, len(candidates)),
         )
         return request, wire.request_id
@@ -63,7 +68,7 @@ class Validator:
         _require(int(ids.min()) >= 0, Fault.NEGATIVE_ITEM)
         return ids
 
-    def _history(self, wire: ranking_pb2.History, request_time: int) -> History:
+    def _history(self, wire: ranking_pb2.History) -> History:
         try:
             history = History(
                 np.frombuffer(wire.item_ids, "<i8"),
@@ -73,10 +78,11 @@ class Validator:
             history.check(self._schema.actions)
         except ValueError:
             raise RankError(Fault.BAD_HISTORY) from None
-        _require(not len(history) or history.timestamps[-1] <= request_time, Fault.BAD_HISTORY)
         return history
 
     def _context(self, wire: ranking_pb2.RankRequest) -> dict[str, int | float]:
+        # Bounded first: a message may carry a million entries, and this runs on the event loop.
+        _require(len(wire.context) <= len(self._schema.context_features), Fault.BAD_CONTEXT)
         values: dict[str, int | float] = {}
         for name, value in wire.context.items():
             kind = value.WhichOneof("value")
@@ -88,8 +94,9 @@ class Validator:
             raise RankError(Fault.BAD_CONTEXT) from None
         return values
 
-    def _tasks(self, names: list[str]) -> tuple[int, ...]:
+    def _tasks(self, names: Sequence[str]) -> tuple[int, ...]:
         known = self._schema.tasks
+        _require(len(names) <= len(known), Fault.UNKNOWN_TASK)
         _require(len(set(names)) == len(names) and set(names) <= set(known), Fault.UNKNOWN_TASK)
         return tuple(known.index(name) for name in names or known)
 

@@ -47,7 +47,7 @@ class Done(NamedTuple):
         scores: float32[C, tasks] in the request's candidate order; None unless OK.
         queue_ns: from submission to the first launch.
         assemble_ns: copying into slots, summed over its pieces.
-        compute_ns: from launch to result, summed over its pieces.
+        compute_ns: from the first launch to the last result; pieces overlap.
         batches: pieces it was scored in.
     """
 
@@ -64,8 +64,8 @@ class _Work:
     """A request inside the dispatcher."""
 
     __slots__ = (
-        "assemble_ns", "batches", "cancelled", "compute_ns", "deadline_ns", "extent", "failed", "outstanding",
-        "queue_ns", "record", "scores", "served", "submitted_ns", "ticket",
+        "assemble_ns", "batches", "cancelled", "compute_ns", "deadline_ns", "extent", "failed", "launched_ns",
+        "outstanding", "queue_ns", "record", "scores", "served", "submitted_ns", "ticket",
     )  # fmt: skip
 
     def __init__(self, ticket: int, record: np.ndarray, extent: Extent, deadline_ns: int, tasks: int) -> None:
@@ -73,7 +73,7 @@ class _Work:
         self.scores = np.empty((extent.candidates, tasks), np.float32)
         self.submitted_ns = time.monotonic_ns()
         self.served = self.outstanding = self.batches = 0
-        self.queue_ns = self.assemble_ns = self.compute_ns = 0
+        self.queue_ns = self.assemble_ns = self.compute_ns = self.launched_ns = 0
         self.cancelled = self.failed = False
 
     def __lt__(self, other: _Work) -> bool:
@@ -174,13 +174,15 @@ class Dispatcher:
                 if work in self._waiting:
                     self._waiting.remove(work)
 
-    def stop(self) -> None:
-        """Finish everything queued, then end both threads."""
+    def stop(self, seconds: float | None = None) -> bool:
+        """Finish everything queued, then end both threads; False when they still run after `seconds`."""
+        until = None if seconds is None else time.monotonic() + seconds
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
         for thread in self._threads:
-            thread.join()
+            thread.join(None if until is None else max(0.0, until - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
 
     def _guard(self, loop: Callable[[], None]) -> None:
         try:
@@ -200,10 +202,12 @@ class Dispatcher:
             self._waiting.clear()
             self._changed.notify_all()
         self._flights.put(None)
-        if first:
-            self._on_fatal()
-        if left:
-            self._on_done([work.done(Status.FAILED) for work in left])
+        try:
+            if left:
+                self._on_done([work.done(Status.FAILED) for work in left])
+        finally:
+            if first:
+                self._on_fatal()
 
     def _dispatch_loop(self) -> None:
         while (flight := self._next_flight()) is not None:
@@ -217,10 +221,10 @@ class Dispatcher:
                 log.exception("batch of bucket %s could not be launched", executor.bucket)
                 self._release(executor, self._fail(parts))
                 continue
-            for work, low, _ in parts:
+            for work, _, _ in parts:
                 work.assemble_ns += launched - begun
-                if low == 0:
-                    work.queue_ns = begun - work.submitted_ns
+                if not work.launched_ns:
+                    work.queue_ns, work.launched_ns = begun - work.submitted_ns, launched
             self.launched[str(executor.bucket)] += 1
             self._flights.put(_Flight(executor, parts, launched))
         self._flights.put(None)
@@ -251,7 +255,7 @@ class Dispatcher:
                 return flight
 
     def _drop_expired(self) -> list[Done]:
-        """Take requests whose deadline has passed off the queue; those in flight end when their pieces do."""
+        """Take requests whose deadline has passed off the queue; what runs of them is not waited for."""
         now = time.monotonic_ns()
         count = 0
         while count < len(self._waiting) and self._waiting[count].deadline_ns <= now:
@@ -278,10 +282,10 @@ class Dispatcher:
             executor, parts, launched = flight
             try:
                 pieces = executor.scores()
-                elapsed = time.monotonic_ns() - launched
+                finished = time.monotonic_ns()
                 for (work, low, high), scores in zip(parts, pieces, strict=True):
                     work.scores[low:high] = scores
-                    work.compute_ns += elapsed
+                    work.compute_ns = max(work.compute_ns, finished - (work.launched_ns or launched))
             except Exception:
                 log.exception("batch of bucket %s failed", executor.bucket)
                 self._release(executor, self._fail(parts))

@@ -56,6 +56,7 @@ class LmdbStore:
             self.close()
             raise StoreError(f"store {path} has a damaged description") from error
         self._user_dtype, self._item_dtype = user_dtype(written), item_dtype(written)
+        self._item_features = written.item_features
         if schema is not None and written.store_fingerprint() != schema.store_fingerprint():
             self.close()
             raise StoreError(
@@ -104,6 +105,10 @@ class LmdbStore:
         rows = np.frombuffer(packed, self._item_dtype)
         if (rows["id"] != stored).any():
             raise CorruptRecord("item record belongs to another item")
+        try:
+            check_rows(self._item_features, rows)
+        except ValueError as error:
+            raise CorruptRecord(f"item record: {error}") from error
         rows, found = decode_items(ids, rows)
         return Fetched(record, rows[inverse], found[inverse])
 

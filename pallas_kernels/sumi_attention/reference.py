@@ -62,8 +62,10 @@ def sumi_attention(
             far = log2_distance(position[:, :, None] - key_position[None, None, :])[:, None]
             old = log2_distance(query_time[:, :, None] - key_time[:, None, :])[:, None]
             logits += alpha * far + beta * old + gamma
-        seen = (key_position[None, :] < length)[:, None, None, :]
-        logits = jnp.where(seen, logits * inverse_temperature, MASKED)
+        seen = key_position[None, :] < length
+        logits = jnp.where(seen[:, None, None, :], logits * inverse_temperature, MASKED)
+        # The window runs on into other requests' rows: a weight of 0 would not silence a NaN or an infinity there.
+        values = jnp.where(seen[:, :, None, None], values, 0)
 
         # A row that is no history row sees its own key besides; that keeps padding rows finite too.
         own_key = rows_of(k, tile.start, align)

@@ -163,3 +163,20 @@ def test_rows_off_the_alignment_are_refused() -> None:
             align=8,
             window=8,
         )
+
+
+def test_a_neighbours_nan_stays_with_the_neighbour() -> None:
+    random = np.random.default_rng(0)
+    requests = [random_request(SCHEMA, random, lengths=[3, 5], candidates=4, rows=10) for _ in range(2)]
+    packed = pack(SCHEMA, LAYOUT, BUCKET, requests, dirt=random)
+    q, k, v = qkv(random)
+    tau, bias = weights(random)
+    clean = np.asarray(full(q, k, v, packed.fields["rows"], packed.fields["time"], tau, bias))
+    of_first = np.concatenate([rows_of(packed, 0, 0, 3, 4), rows_of(packed, 0, 1, 5, 4)])
+    others = np.setdiff1d(np.arange(BUCKET.tokens), of_first)
+    for array in (q, k, v):
+        array[:, others] = np.nan
+    out = np.asarray(full(q, k, v, packed.fields["rows"], packed.fields["time"], tau, bias))
+    for block, length in enumerate((3, 5)):
+        at = rows_of(packed, 0, block, length, 4)
+        np.testing.assert_array_equal(out[block, at], clean[block, at])

@@ -129,13 +129,14 @@ class Server:
     def target(self) -> str:
         return self.about["grpc"]
 
-    def metric(self, name: str) -> float:
-        """Sum of a metric over its labels."""
+    def metric(self, name: str, **labels: str) -> float:
+        """Sum of a metric over its labels, or over those given."""
         with urllib.request.urlopen(f"http://{self.about['metrics']}/metrics") as page:
             text = page.read().decode()
-        values = re.findall(rf"^{name}(?:\{{[^}}]*\}})? (\S+)$", text, re.MULTILINE)
-        assert values, f"no metric {name}"
-        return sum(map(float, values))
+        found = re.findall(rf"^{name}(?:\{{([^}}]*)\}})? (\S+)$", text, re.MULTILINE)
+        assert found or labels, f"no metric {name}"
+        wanted = [f'{key}="{value}"' for key, value in labels.items()]
+        return sum(float(value) for shown, value in found if all(w in shown for w in wanted))
 
     def stop(self) -> int:
         if self.process.poll() is None:

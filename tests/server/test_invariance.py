@@ -81,13 +81,13 @@ def test_within_one_executable_scores_are_equal_to_the_bit(same_executable: Benc
 
 def test_the_property_saw_batches_and_splits(same_executable: Bench, one_bucket: Server) -> None:
     """Without this the property above could hold for want of company."""
-    before = one_bucket.metric("flame_batches")
+    before = one_bucket.metric("flame_batches_total")
     same_executable.together([(n, [1, 2, 3], False) for n in range(8)] * 20)
-    batched = one_bucket.metric("flame_batches") - before
+    batched = one_bucket.metric("flame_batches_total") - before
     assert batched < 160
-    before = one_bucket.metric("flame_batches")
+    before = one_bucket.metric("flame_batches_total")
     same_executable.rank((3, list(range(150)), False))
-    assert one_bucket.metric("flame_batches") - before >= 2
+    assert one_bucket.metric("flame_batches_total") - before >= 2
 
 
 @settings(deadline=None, max_examples=30)

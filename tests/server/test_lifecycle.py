@@ -131,16 +131,21 @@ def test_nothing_compiles_over_200_random_shapes(server: Server, client: Ranking
         candidates = random.choice(ITEMS, int(random.integers(1, 600)))
         scores = client.rank("u1", candidates, request_time=NOW, history=history).scores["like"]
         assert len(scores) == len(candidates)
-    assert server.metric("flame_compiles_after_ready") == 0
+    assert server.metric("flame_compiles_after_ready_total") == 0
 
 
 def test_a_deadline_too_short_is_kept_and_the_server_lives(server: Server, client: RankingClient) -> None:
-    before = server.metric("flame_finished_total")
-    with pytest.raises(grpc.RpcError) as caught:
-        client.rank("u1", np.tile(ITEMS, 15), request_time=NOW, timeout=0.001)
-    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    before = server.metric("flame_finished_total", outcome="expired")
+    expired = 0.0
+    for _ in range(50):
+        with pytest.raises(grpc.RpcError) as caught:
+            client.rank("u1", np.tile(ITEMS, 20), request_time=NOW, timeout=0.004)
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        expired = server.metric("flame_finished_total", outcome="expired") - before
+        if expired:  # one that reached the handler; the transport may drop others before that
+            break
+    assert expired >= 1
     client.rank("u1", ITEMS, request_time=NOW, timeout=365 * 86400.0)
-    assert server.metric("flame_finished_total") >= before + 1
 
 
 def test_cancelled_calls_leave_nothing_behind(server: Server, client: RankingClient) -> None:
