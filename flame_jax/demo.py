@@ -24,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = [sys.executable, "-m", "flame_jax.server", "--config", args.config, "--server.log_level", "WARNING"]
     if not args.keep:
         command += ["--server.port", "0", "--server.metrics_port", "0"]
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGINT):  # SIGINT too: a shell's background job starts with it ignored
+        signal.signal(number, signal.default_int_handler)
     # A session of its own: Ctrl-C reaches this process, which then asks the server to drain, once.
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     try:
