@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 from flame_jax.packing import Layout
 from flame_jax.schema import FeatureSchema
@@ -35,35 +35,113 @@ class StoreConfig:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """Climber (reconstruction), arXiv 2502.09888.
+class HeadConfig:
+    """Multi-task experts and towers over a candidate's representation.
 
     Attributes:
+        experts: experts shared by the tasks, mixed by a gate per task.
+        expert_hidden: output size of an expert.
+        tower_hidden: hidden size of a task's tower.
+    """
+
+    experts: int = 1
+    expert_hidden: int = 64
+    tower_hidden: int = 32
+
+    def __post_init__(self) -> None:
+        _at_least(1, "model.head", self, "experts", "expert_hidden", "tower_hidden")
+
+
+@dataclass(frozen=True)
+class ClimberConfig:
+    """What only Climber has.
+
+    Attributes:
+        gate_reduction: squeeze factor of the fusion's gate.
+        fusion: fuse the blocks by bit-wise gating; without it they are laid side by side.
+        adaptive: position and time bias and learned temperature; without it the temperature is
+            sqrt(head_dim) and there is no bias.
+    """
+
+    gate_reduction: int = 4
+    fusion: bool = True
+    adaptive: bool = True
+
+    def __post_init__(self) -> None:
+        _at_least(1, "model.climber", self, "gate_reduction")
+
+
+@dataclass(frozen=True)
+class HstuConfig:
+    """What only HSTU has.
+
+    Attributes:
+        variant: which layer is meant; three share the name.
+        value_dim: size of a head's values, dv; a head's queries and keys have model.head_dim.
+        attention_divisor: the constant that attention weights are divided by.
+        time_rows: rows of the input's time table (DLRMv3); 0 for none. It makes histories uncacheable.
+        bias_positions: reach P of the `research` variant's position table.
+        bias_buckets: rows of the `research` variant's time table.
+    """
+
+    variant: Literal["dlrm_v3", "recsys_examples", "research"] = "dlrm_v3"
+    value_dim: int = 64
+    attention_divisor: float = 512.0
+    time_rows: int = 0
+    bias_positions: int = 512
+    bias_buckets: int = 129
+
+    def __post_init__(self) -> None:
+        _at_least(1, "model.hstu", self, "value_dim", "bias_positions", "bias_buckets")
+        _at_least(0, "model.hstu", self, "time_rows")
+        if not self.attention_divisor > 0:
+            raise ValueError(f"model.hstu.attention_divisor must be positive, not {self.attention_divisor}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A ranking model; docs/models.md states each architecture as formulas.
+
+    Attributes:
+        architecture: Climber (reconstruction), HSTU, or a plain transformer with the same mask.
         name: name of the model in manifests, metrics and answers.
         width: model width d.
-        layers: adaptive transformer layers per block.
+        layers: layers (Climber: per block).
         heads: attention heads.
-        head_dim: size of a head.
-        ffn: hidden size of a layer's FFN.
-        gate_reduction: the fusion gate's squeeze factor.
-        head_hidden: hidden size of the top MLP.
+        head_dim: size of a head (HSTU: of its queries and keys).
+        ffn: hidden size of a layer's FFN (Climber and transformer).
+        position_rows: rows of the input's position table (HSTU and transformer); 0 for none.
         dtype: computing type of matrix products and activations; weights are float32.
     """
 
+    architecture: Literal["climber", "hstu", "transformer"] = "climber"
     name: str = "climber"
     width: int = 128
     layers: int = 2
     heads: int = 2
     head_dim: int = 64
     ffn: int = 512
-    gate_reduction: int = 4
-    head_hidden: int = 64
+    position_rows: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
+    head: HeadConfig = HeadConfig()
+    climber: ClimberConfig = ClimberConfig()
+    hstu: HstuConfig = HstuConfig()
 
     def __post_init__(self) -> None:
-        _at_least(1, "model", self, "width", "layers", "heads", "head_dim", "ffn", "gate_reduction", "head_hidden")
+        _at_least(1, "model", self, "width", "layers", "heads", "head_dim", "ffn")
+        _at_least(0, "model", self, "position_rows")
         if not self.name:
             raise ValueError("model.name is empty")
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> ModelConfig:
+        """From what `dataclasses.asdict` made of one. Raises TypeError, KeyError or ValueError."""
+        nested = {
+            "head": HeadConfig(**data["head"]),
+            "climber": ClimberConfig(**data["climber"]),
+            "hstu": HstuConfig(**data["hstu"]),
+        }
+        return cls(**{**data, **nested})
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,9 @@ import numpy as np
 from flame_jax.packing import HISTORY_LENGTH, Extent, Place, feature_field
 from flame_jax.schema import FeatureSchema
 
+NOTHING = -1
+"""Item or action row of a history row that has none, where events are interleaved."""
+
 _COUNT, _SCENARIO, _TIME, _LENGTHS = range(4)
 
 
@@ -32,6 +35,7 @@ class RecordLayout:
     def __init__(self, schema: FeatureSchema) -> None:
         self.blocks = len(schema.blocks)
         self.candidate_action = schema.actions
+        self._stride = 2 if schema.interleave else 1
         self._request_fields = [feature_field("user", f) for f in schema.user_features]
         self._request_fields += [feature_field("context", f) for f in schema.context_features]
         self._item_fields = [feature_field("item", f) for f in schema.item_features]
@@ -69,7 +73,7 @@ class RecordLayout:
 
     def extent(self, record: np.ndarray) -> Extent:
         """Rows the whole request takes."""
-        return Extent(int(record[_LENGTHS : self._head].max()), int(record[_COUNT]))
+        return Extent(int(record[_LENGTHS : self._head].max()) * self._stride, int(record[_COUNT]))
 
     def write(
         self, slot: Mapping[str, np.ndarray], row: int, place: Place, record: np.ndarray, low: int, high: int
@@ -84,16 +88,21 @@ class RecordLayout:
         item, action, time = slot["item"], slot["action"], slot["time"]
         lengths, count = record[_LENGTHS : self._head], int(record[_COUNT])
         slot["rows"][row, :HISTORY_LENGTH] = (*place, high - low, record[_SCENARIO], record[_TIME])
-        slot["rows"][row, HISTORY_LENGTH:] = lengths
+        slot["rows"][row, HISTORY_LENGTH:] = lengths * self._stride
         for name, word in zip(self._request_fields, record[self._head : self._body], strict=True):
             slot[name].view(np.int32)[row] = word
 
         at = self._body
         for block, length in enumerate(lengths.tolist()):
-            rows = slice(place.history_start, place.history_start + length)
-            for column in (item, action, time):
-                column[block, rows] = record[at : at + length]
-                at += length
+            items, actions, times = record[at : at + 3 * length].reshape(3, length)
+            at += 3 * length
+            rows = slice(place.history_start, place.history_start + length * self._stride)
+            if self._stride == 1:
+                item[block, rows], action[block, rows], time[block, rows] = items, actions, times
+            else:
+                item[block, rows], action[block, rows] = NOTHING, NOTHING
+                item[block, rows][::2], action[block, rows][1::2] = items, actions
+                time[block, rows] = np.repeat(times, 2)
         rows = slice(place.candidate_start, place.candidate_start + high - low)
         item[:, rows] = record[at + low : at + high]
         action[:, rows] = self.candidate_action

@@ -74,6 +74,7 @@ class FeatureSchema:
         actions: number of action types; a history event's action id lies in [0, actions).
         blocks: sub-sequences extracted from the history, each with a stack of layers of its own.
         block_length: events per block at most; the newest are kept.
+        interleave: an event takes two rows of the history, its item and then its action (NVIDIA's HSTU).
         item_features: candidate-side features, read from the store.
         user_features: read from the store with the user's history.
         context_features: sent with the request.
@@ -84,6 +85,7 @@ class FeatureSchema:
     actions: int = 1
     blocks: tuple[Block, ...] = (Block("all"),)
     block_length: int = 128
+    interleave: bool = False
     item_features: tuple[Feature, ...] = ()
     user_features: tuple[Feature, ...] = ()
     context_features: tuple[Feature, ...] = ()
@@ -108,6 +110,11 @@ class FeatureSchema:
             bad = [a for a in block.actions if not 0 <= a < self.actions]
             if bad:
                 raise ValueError(f"block {block.name!r} names actions {bad} outside [0, {self.actions})")
+
+    @property
+    def history_rows(self) -> int:
+        """Rows of the longest history: the window that attention reads."""
+        return self.block_length * (2 if self.interleave else 1)
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists and dicts, as `json` reads them back."""

@@ -23,7 +23,8 @@ from flame_jax.config import Config, load, refuse
 from flame_jax.evaluation import Quality, difference_interval, evaluate, table
 from flame_jax.examples import Batch, Dataset, Example, Packer, sample_examples, split_points
 from flame_jax.models.checkpoint import Checkpoint, CheckpointError, CheckpointFolder
-from flame_jax.models.climber import Climber
+from flame_jax.models.ranker import Ranker
+from flame_jax.models.registry import make_ranker
 from flame_jax.models.serving import flat_weights, load_weights, unpack
 from flame_jax.packing import Bucket
 from flame_jax.pda.lmdb_store import LmdbStore
@@ -98,7 +99,7 @@ def train(config: Config, dataset: Dataset, folder: CheckpointFolder) -> tuple[S
     bias_model = fit_bias_model(past.users, past.items, past.labels, regularisation_c=BIAS_MODEL_C)
 
     vocabulary = Vocabulary(np.unique(past.items))
-    model = Climber(config.model, config.schema, vocabulary.rows, rngs=nnx.Rngs(settings.seed))
+    model = make_ranker(config.model, config.schema, vocabulary.rows, rngs=nnx.Rngs(settings.seed))
     start_from_biases(model, vocabulary, bias_model)
     bucket = Bucket(settings.tokens, settings.candidates)
     packer = Packer(dataset, vocabulary, config.layout, bucket, settings.label_actions)
@@ -127,20 +128,20 @@ def check_trainable(config: Config) -> None:
         )
 
 
-def start_from_biases(model: Climber, vocabulary: Vocabulary, biases: BiasModel) -> None:
+def start_from_biases(model: Ranker, vocabulary: Vocabulary, biases: BiasModel) -> None:
     """Begin where the logistic model ends: its item biases and intercept, for the first task."""
     item_bias = np.array(model.item_bias[...])
     item_bias[vocabulary.lookup(biases.item.keys), 0] = biases.item.values
     item_bias[0] = 0.0
     model.item_bias[...] = jnp.asarray(item_bias)
-    task_b = np.array(model.head["task_b"][...])
-    task_b[0] = biases.intercept
-    model.head["task_b"][...] = jnp.asarray(task_b)
+    logit_b = np.array(model.head["logit_b"][...])
+    logit_b[0] = biases.intercept
+    model.head["logit_b"][...] = jnp.asarray(logit_b)
 
 
 def fit(
     config: Config,
-    model: Climber,
+    model: Ranker,
     vocabulary: Vocabulary,
     packer: Packer,
     trained: np.ndarray,
@@ -262,7 +263,7 @@ class Dropout:
         return kept.astype(x.dtype)
 
 
-def predict(config: Config, model: Climber, packer: Packer, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+def predict(config: Config, model: Ranker, packer: Packer, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
     """float64[n] probabilities of the first task for events [start, stop) of every user, in order."""
     graph, weights = nnx.split(model)
 

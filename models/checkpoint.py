@@ -96,7 +96,7 @@ class CheckpointFolder:
             about: Any = self._orbax.metadata(newest).custom_metadata
             return Checkpoint(
                 step=newest.step,
-                model=ModelConfig(**about["model"]),
+                model=ModelConfig.from_json(about["model"]),
                 schema=FeatureSchema.from_json(about["schema"]),
                 vocabulary=Vocabulary(tree["vocabulary"]),
                 weights=tree["weights"],

@@ -1,4 +1,4 @@
-"""Pieces that rankers share: LayerNorm, the adaptive transformer layer, side-feature embeddings."""
+"""Pieces that rankers share: LayerNorm, linear maps, and the post-norm transformer layer."""
 
 from __future__ import annotations
 
@@ -7,20 +7,28 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from flame_jax.schema import Feature
-
 EPSILON = 1e-6
 
 Weights = dict[str, jax.Array]
 Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+Drop = Callable[[jax.Array], jax.Array]
 
 
-def layer_norm(x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
-    """LayerNorm over the last axis, in float32, back in x's dtype. `scale`, `shift` broadcast against x."""
+def keep(x: jax.Array) -> jax.Array:
+    """No dropout."""
+    return x
+
+
+def normalise(x: jax.Array, epsilon: float = EPSILON) -> jax.Array:
+    """LayerNorm over the last axis without weights: float32, whatever x is."""
     wide = x.astype(jnp.float32)
     centred = wide - wide.mean(axis=-1, keepdims=True)
-    variance = (centred * centred).mean(axis=-1, keepdims=True)
-    return (centred * jax.lax.rsqrt(variance + EPSILON) * scale + shift).astype(x.dtype)
+    return centred * jax.lax.rsqrt((centred * centred).mean(axis=-1, keepdims=True) + epsilon)
+
+
+def layer_norm(x: jax.Array, scale: jax.Array, shift: jax.Array, epsilon: float = EPSILON) -> jax.Array:
+    """LayerNorm over the last axis, in float32, back in x's dtype. x [..., n, d]; scale, shift [..., d]."""
+    return (normalise(x, epsilon) * scale[..., None, :] + shift[..., None, :]).astype(x.dtype)
 
 
 def linear(x: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
@@ -35,16 +43,15 @@ def split_heads(x: jax.Array, heads: int) -> tuple[jax.Array, jax.Array, jax.Arr
     return q.reshape(shape), k.reshape(shape), v.reshape(shape)
 
 
-def transformer_layer(
-    x: jax.Array,
-    weights: Weights,
-    attention: Attention,
-    *,
-    heads: int,
-    first: int = 0,
-    drop: Callable[[jax.Array], jax.Array] = lambda x: x,
+def merge_heads(x: jax.Array) -> jax.Array:
+    """[..., heads, head_dim] -> [..., heads * head_dim]."""
+    return x.reshape(*x.shape[:-2], -1)
+
+
+def post_norm_layer(
+    x: jax.Array, weights: Weights, attention: Attention, *, heads: int, first: int = 0, drop: Drop = keep
 ) -> jax.Array:
-    """Post-norm transformer layer (docs/models.md, "Layer").
+    """Transformer layer with a norm after each residual, and ReLU (docs/models.md, Climber's "Layer").
 
     Args:
         x: [..., n, d].
@@ -57,27 +64,8 @@ def transformer_layer(
     """
     q, k, v = split_heads(linear(x, weights["qkv_w"], weights["qkv_b"]), heads)
     x = x[..., first:, :]
-    mixed = attention(q[..., first:, :, :], k, v)
-    mixed = linear(mixed.reshape(*mixed.shape[:-2], -1), weights["out_w"], weights["out_b"])
-    x = layer_norm(x + drop(mixed), weights["norm1_scale"][..., None, :], weights["norm1_shift"][..., None, :])
+    mixed = linear(merge_heads(attention(q[..., first:, :, :], k, v)), weights["out_w"], weights["out_b"])
+    x = layer_norm(x + drop(mixed), weights["norm1_scale"], weights["norm1_shift"])
     hidden = jax.nn.relu(linear(x, weights["ffn1_w"], weights["ffn1_b"]))
     hidden = linear(hidden, weights["ffn2_w"], weights["ffn2_b"])
-    return layer_norm(x + drop(hidden), weights["norm2_scale"][..., None, :], weights["norm2_shift"][..., None, :])
-
-
-def embed_feature(feature: Feature, table: jax.Array, value: jax.Array) -> jax.Array:
-    """Embed one side feature.
-
-    Args:
-        table: [size, d]; [1, d] for a numeric feature.
-        value: [n], int32, or float32 for a numeric feature.
-
-    Returns:
-        [n, d] in the table's dtype.
-    """
-    if feature.kind == "categorical":
-        return table[value]
-    if feature.kind == "bits":
-        bits = (value[:, None] >> jnp.arange(feature.size, dtype=jnp.int32)) & 1
-        return bits.astype(table.dtype) @ table
-    return value[:, None].astype(table.dtype) * table
+    return layer_norm(x + drop(hidden), weights["norm2_scale"], weights["norm2_shift"])

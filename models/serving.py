@@ -11,7 +11,8 @@ import numpy as np
 from flax import nnx
 
 from flame_jax.config import ModelConfig
-from flame_jax.models.climber import Climber
+from flame_jax.models.ranker import Ranker
+from flame_jax.models.registry import make_ranker
 from flame_jax.packing import Layout, SlotLayout
 from flame_jax.schema import FeatureSchema
 
@@ -32,9 +33,9 @@ def _named(model: nnx.Module) -> list[tuple[str, Any]]:
     return [("/".join(map(str, path)), leaf) for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))]
 
 
-def abstract_model(config: ModelConfig, schema: FeatureSchema, vocabulary: int) -> Climber:
+def abstract_model(config: ModelConfig, schema: FeatureSchema, vocabulary: int) -> Ranker:
     """The model with shapes in place of weights."""
-    return nnx.eval_shape(lambda: Climber(config, schema, vocabulary, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: make_ranker(config, schema, vocabulary, rngs=nnx.Rngs(0)))
 
 
 def check_weights(model: nnx.Module, weights: Mapping[str, Any]) -> None:

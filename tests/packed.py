@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flame_jax.packing import Bucket, Extent, Layout, Place, place, slot_layout
+from flame_jax.packing import Bucket, Layout, Place, place, slot_layout
 from flame_jax.record import BlockEvents, RecordLayout
 from flame_jax.schema import Feature, FeatureSchema
 from tests.oracles.climber import OracleRequest
@@ -79,7 +79,7 @@ def pack(
             fields[name][:] = dirt.integers(0, limit, fields[name].shape)
     records = RecordLayout(schema)
     encoded = [encode(schema, r) for r in requests]
-    extents = [Extent(max(len(b[0]) for b in r.blocks), len(r.candidates)) for r in requests]
+    extents = [records.extent(record) for record in encoded]
     places = place(extents, bucket, layout)
     for row, (record, where, request) in enumerate(zip(encoded, places, requests, strict=True)):
         records.write(fields, row, where, record, 0, len(request.candidates))

@@ -250,7 +250,7 @@ def test_the_model_starts_where_the_logistic_model_ends() -> None:
     assert start[1::2, 0].tolist() == list(range(1, len(ids) + 1))
     assert not start[2::2, 0].any()
     assert not start[:, 1].any()
-    assert np.asarray(model.head["task_b"][...]).tolist() == [0.75, 0.0]
+    assert np.asarray(model.head["logit_b"][...]).tolist() == [0.75, 0.0]
 
 
 def held_out(count: int = 60) -> Split:

@@ -22,7 +22,7 @@ from flax import nnx
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from flame_jax import train
-from flame_jax.config import Config, ExportConfig, ModelConfig, StoreConfig, TrainConfig
+from flame_jax.config import Config, ExportConfig, HeadConfig, ModelConfig, StoreConfig, TrainConfig
 from flame_jax.fke.artifact import Manifest, Target, jaxlib_version, write_artifact
 from flame_jax.fke.compile import compile_bucket, platform_of, serialize
 from flame_jax.models.checkpoint import Checkpoint, CheckpointFolder
@@ -48,7 +48,7 @@ SCHEMA = FeatureSchema(
     user_features=(Feature("age", "categorical", 3), Feature("height", "numeric")),
     context_features=(Feature("hour", "categorical", 24),),
 )
-MODEL = ModelConfig(width=16, layers=1, heads=2, head_dim=8, ffn=32, gate_reduction=4, head_hidden=8)
+MODEL = ModelConfig(width=16, layers=1, heads=2, head_dim=8, ffn=32, head=HeadConfig(2, 8, 4))
 LAYOUT = Layout(align=8, max_requests=4)
 BUCKETS = (Bucket(32, 16), Bucket(64, 32))
 

@@ -78,7 +78,7 @@ class Manifest:
         schema, layout = FeatureSchema.from_json(data["schema"]), Layout(**data["layout"])
         return cls(
             version=str(data["version"]),
-            model=ModelConfig(**data["model"]),
+            model=ModelConfig.from_json(data["model"]),
             schema=schema,
             layout=layout,
             buckets=make_ladder(data["buckets"], schema, layout),

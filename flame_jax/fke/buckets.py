@@ -31,7 +31,7 @@ def make_ladder(pairs: Iterable[Sequence[int]], schema: FeatureSchema, layout: L
             )
     if any(bucket.candidates > ladder[-1].candidates for bucket in ladder):
         raise ValueError(f"the largest bucket {ladder[-1]} must take as many candidates as every other")
-    longest = Extent(schema.block_length, 1)
+    longest = Extent(schema.history_rows, 1)
     if not fits([longest], ladder[-1], layout):
         raise ValueError(
             f"the largest bucket {ladder[-1]} cannot hold schema.block_length = {schema.block_length} events beside "

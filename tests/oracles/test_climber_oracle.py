@@ -220,10 +220,14 @@ def hand_model() -> tuple[Params, FeatureSchema, OracleRequest]:
         "gate/squeeze_b": np.array([-5.0]),
         "gate/excite_w": np.array([[1.0, -1.0, 0.0]]),
         "gate/excite_b": np.zeros(3),
-        "head/hidden_w": np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]),
-        "head/hidden_b": np.array([0.0, 13.5]),
-        "head/task_w": np.array([[0.1, 0.0], [1.0, 2.0]]),
-        "head/task_b": np.array([-1.0, 0.0]),
+        "head/expert_w": np.array([[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]]),
+        "head/expert_b": np.array([[0.0, 13.5]]),
+        "head/mix_w": np.zeros((2, 3, 1)),
+        "head/mix_b": np.zeros((2, 1)),
+        "head/tower_w": np.stack([np.eye(2), np.eye(2)]),
+        "head/tower_b": np.zeros((2, 2)),
+        "head/logit_w": np.array([[0.1, 1.0], [0.0, 2.0]]),
+        "head/logit_b": np.array([-1.0, 0.0]),
     }
     params |= {f"layers/{name}": w[None, None] for name, w in block.items()}
     params |= {f"fusion/{name}": w for name, w in fusion.items()}
@@ -251,7 +255,8 @@ def test_rank_by_hand() -> None:
     # mean 0, variance 326: G = (8,17,-25).
     # Gate: relu(8 - 5) = 3; sigmoid(3,-3,0): Y = (8 sigmoid(3), 17 sigmoid(-3), -12.5)
     #     = (7.6205930, 0.8062398, -12.5).
-    # Head: hidden (8.4268329, 1). click: 0.84268329 + 1 - 1 + 0.25 = 1.0926833. like: 2 - 0.5 = 1.5.
+    # Head: the one expert gives (8.4268329, 1), which both towers pass on.
+    # click: 0.84268329 + 1 - 1 + 0.25 = 1.0926833. like: 2 - 0.5 = 1.5.
     params, schema, request = hand_model()
     answer = rank(params, schema, request, heads=1, head_dim=3)
     assert answer.dtype == np.float64
@@ -332,10 +337,14 @@ def random_model(seed: int = 0) -> tuple[Params, FeatureSchema, OracleRequest]:
         "gate/squeeze_b": (2,),
         "gate/excite_w": (2, B * d),
         "gate/excite_b": (B * d,),
-        "head/hidden_w": (B * d, 6),
-        "head/hidden_b": (6,),
-        "head/task_w": (6, 2),
-        "head/task_b": (2,),
+        "head/expert_w": (2, B * d, 6),
+        "head/expert_b": (2, 6),
+        "head/mix_w": (2, B * d, 2),
+        "head/mix_b": (2, 2),
+        "head/tower_w": (2, 6, 5),
+        "head/tower_b": (2, 5),
+        "head/logit_w": (2, 5),
+        "head/logit_b": (2,),
         "layers/bias": (L, B, S, H, 3),
     }
     shapes |= {f"layers/{name}": (L, B, *shape) for name, shape in layer.items()}

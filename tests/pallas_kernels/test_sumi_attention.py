@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from flame_jax.packing import Bucket, Layout
 from flame_jax.pallas_kernels.sumi_attention.api import sumi_attention
+from flame_jax.pallas_kernels.sumi_attention.types import LogBias, Softmax
 from flame_jax.schema import Block, FeatureSchema
 from tests.oracles import climber as oracle
 from tests.packed import Packed, pack, random_request
@@ -26,7 +27,8 @@ def full(
     q: jax.Array, k: jax.Array, v: jax.Array, rows: jax.Array, time: jax.Array, tau: jax.Array, bias: jax.Array
 ) -> jax.Array:
     temperature = jax.nn.softplus(tau)
-    return sumi_attention(q, k, v, rows, time, temperature=temperature, bias=bias, align=LAYOUT.align, window=WINDOW)
+    activation, log_bias = Softmax(temperature), LogBias(bias)
+    return sumi_attention(q, k, v, rows, time, activation=activation, bias=log_bias, align=LAYOUT.align, window=WINDOW)
 
 
 def weights(random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -158,8 +160,7 @@ def test_rows_off_the_alignment_are_refused() -> None:
             x,
             jnp.zeros((1, 6), jnp.int32),
             jnp.zeros((1, 12), jnp.int32),
-            temperature=jnp.ones((1, 1, 1)),
-            bias=None,
+            activation=Softmax(jnp.ones((1, 1, 1))),
             align=8,
             window=8,
         )

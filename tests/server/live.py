@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from flame_jax.config import Config, ExportConfig, ModelConfig, StoreConfig
+from flame_jax.config import Config, ExportConfig, HeadConfig, ModelConfig, StoreConfig
 from flame_jax.export import export
 from flame_jax.models.checkpoint import Checkpoint
 from flame_jax.models.climber import Climber
@@ -40,7 +40,7 @@ SCHEMA = FeatureSchema(
     user_features=(Feature("age", "categorical", 7),),
     context_features=(Feature("hour", "categorical", 24), Feature("speed", "numeric")),
 )
-MODEL = ModelConfig(name="tiny", width=16, layers=2, heads=2, head_dim=8, ffn=32, head_hidden=8)
+MODEL = ModelConfig(name="tiny", width=16, layers=2, heads=2, head_dim=8, ffn=32, head=HeadConfig(2, 12, 8))
 LAYOUT = Layout(align=8, max_requests=6)
 LADDER = ((64, 24), (160, 96), (256, 192))
 

@@ -1,0 +1,37 @@
+"""Where a token stands in its request, for models that encode it in the input."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from flame_jax.models.ranker import Packed
+from flame_jax.packing import REQUEST_TIME
+from flame_jax.pallas_kernels.segments import Tiles, tiles
+from flame_jax.schema import FeatureSchema
+
+
+def one_block(schema: FeatureSchema, architecture: str) -> None:
+    """Raise ValueError unless the schema has exactly one block."""
+    if len(schema.blocks) != 1:
+        raise ValueError(f"a {architecture} reads one block, the schema has {len(schema.blocks)}")
+
+
+def _all_tiles(packed: Packed) -> Tiles:
+    return tiles(packed.rows, align=packed.align, first=0, last=packed.time.shape[1])
+
+
+def reversed_positions(packed: Packed) -> jax.Array:
+    """int32[blocks, T]: how far a history row is from its history's end (1 for the newest), 0 for a candidate."""
+    every = _all_tiles(packed)
+    offset = jnp.arange(packed.align, dtype=jnp.int32)
+    local = every.start[:, None] + offset - every.history_start[:, None]
+    left = every.history_length[:, :, None] - local[:, None, :]
+    left = jnp.where(every.is_history[:, None, None], jnp.maximum(left, 0), 0)
+    return jnp.moveaxis(left, 1, 0).reshape(left.shape[1], -1)
+
+
+def query_times(packed: Packed) -> jax.Array:
+    """int32[T]: the request time of each token's request."""
+    every = _all_tiles(packed)
+    return jnp.repeat(packed.rows[every.request, REQUEST_TIME], packed.align, total_repeat_length=packed.time.shape[1])

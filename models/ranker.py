@@ -1,0 +1,95 @@
+"""The frame that every ranker fills in: tokens in, one logit per candidate and task out."""
+
+from __future__ import annotations
+
+import abc
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from flame_jax.config import ModelConfig
+from flame_jax.models.embeddings import EMBEDDING_SCALE, embed_tokens, feature_tables
+from flame_jax.models.heads import expert_head, head_weights
+from flame_jax.models.layers import Drop, keep
+from flame_jax.models.params import constant, normal
+from flame_jax.packing import Layout
+from flame_jax.pallas_kernels.segments import Tiles, tiles
+from flame_jax.schema import FeatureSchema
+
+
+class Packed(NamedTuple):
+    """One packed batch on its way through a model.
+
+    Attributes:
+        rows: int32[R, 5 + blocks], request rows.
+        time: int32[blocks, T].
+        tail: tiles of the candidate rows, the last `candidates` of the token axis.
+        candidates: candidate rows of the bucket (C_max).
+        align: the layout's alignment.
+        window: rows of the longest history.
+    """
+
+    rows: jax.Array
+    time: jax.Array
+    tail: Tiles
+    candidates: int
+    align: int
+    window: int
+
+    @property
+    def first_candidate(self) -> int:
+        """First candidate row of the bucket."""
+        return int(self.time.shape[1]) - self.candidates
+
+    def per_candidate(self, per_tile: jax.Array) -> jax.Array:
+        """[tiles, ...] -> [C_max, ...]."""
+        return jnp.repeat(per_tile, self.align, axis=0, total_repeat_length=self.candidates)
+
+
+class Ranker(nnx.Module, abc.ABC):
+    """Embeddings, item bias and head; `represent` is the model proper.
+
+    Args:
+        vocabulary: item rows, the out-of-vocabulary row 0 included.
+        outputs: numbers that `represent` gives per candidate.
+    """
+
+    def __init__(
+        self, config: ModelConfig, schema: FeatureSchema, vocabulary: int, outputs: int, *, rngs: nnx.Rngs
+    ) -> None:
+        self.config, self.schema = config, schema
+        self.item = normal(rngs, (vocabulary, config.width), EMBEDDING_SCALE)
+        self.action = normal(rngs, (schema.actions + 1, config.width), EMBEDDING_SCALE)
+        self.item_bias = constant((vocabulary, len(schema.tasks)), 0.0)
+        self.features = feature_tables(rngs, schema, config.width)
+        self.head = head_weights(rngs, config.head, outputs, len(schema.tasks))
+
+    @abc.abstractmethod
+    def represent(self, x: jax.Array, packed: Packed, drop: Drop) -> jax.Array:
+        """Token embeddings [blocks, T, d] -> [C_max, outputs]."""
+
+    def __call__(
+        self, fields: dict[str, jax.Array], *, layout: Layout, candidates: int, drop: Drop = keep
+    ) -> jax.Array:
+        """Logits of the candidate rows of a packed batch.
+
+        Args:
+            fields: the fields of a slot, see `flame_jax.packing.slot_layout`.
+            candidates: candidate rows of the bucket (C_max), the last rows of the token axis.
+            drop: dropout, when training.
+
+        Returns:
+            float32[candidates, tasks]; rows without a candidate are finite and mean nothing.
+        """
+        tokens = fields["item"].shape[1]
+        tail = tiles(fields["rows"], align=layout.align, first=tokens - candidates, last=tokens)
+        window = min(layout.aligned(self.schema.history_rows), tokens)
+        packed = Packed(fields["rows"], fields["time"], tail, candidates, layout.align, window)
+        x = embed_tokens(self.item, self.action, self.features, self.schema, fields, tail, layout.align)
+        y = self.represent(drop(x.astype(jnp.dtype(self.config.dtype))), packed, drop)
+        logits = expert_head({name: leaf[...] for name, leaf in self.head.items()}, y)
+        # Candidates have an item, but a row of the history that lies in the candidate part may have none.
+        item = jnp.maximum(fields["item"][0, tokens - candidates :], 0)
+        return logits + self.item_bias[...][item]

@@ -1,0 +1,59 @@
+"""What varies between SUMI attentions: how logits become weights, and what is added to them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+
+
+class Softmax(NamedTuple):
+    """weights = softmax(logits / temperature).
+
+    Attributes:
+        temperature: float32[blocks, scenarios, heads], positive.
+    """
+
+    temperature: jax.Array
+
+
+class Silu(NamedTuple):
+    """weights = silu(logits) / divisor, HSTU's pointwise attention.
+
+    Attributes:
+        scale: q . k is multiplied by this before a bias is added.
+        divisor: a constant of the model, never the length of some sequence in the batch.
+    """
+
+    scale: float
+    divisor: float
+
+
+class LogBias(NamedTuple):
+    """alpha*log2(1+|dp|) + beta*log2(1+|dt|) + gamma, towards history keys only (Climber).
+
+    Attributes:
+        coefficients: float32[blocks, scenarios, heads, 3], (alpha, beta, gamma).
+    """
+
+    coefficients: jax.Array
+
+
+class TableBias(NamedTuple):
+    """position[clip(dp) + P - 1] + time[bucket(dt)], shared by the heads (the first HSTU paper's code).
+
+    `dp` is the query's position minus the key's, clipped to [-(P-1), P-1]; `dt` counts from the time of the
+    query's successor in the history (a candidate's own time); bucket(d) = floor(ln(max(|d|, 1)) / 0.301),
+    at most the last row.
+
+    Attributes:
+        position: float32[2*P - 1].
+        time: float32[buckets].
+    """
+
+    position: jax.Array
+    time: jax.Array
+
+
+Activation = Softmax | Silu
+Bias = LogBias | TableBias
