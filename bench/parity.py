@@ -44,18 +44,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = load(settings, prog="bench.parity")
     scores, latency = rank_users(settings, LmdbStore(config.store.path), args.users)
     safetensors.numpy.save_file(scores, out / "scores.safetensors")
+    reference = ["--reference", "SCORES"] if args.reference else []
+    command = shlex.join(["python", "-m", "bench.parity", "--config", args.config, "--out", "DIR", *reference, *flags])
     result: dict[str, Any] = {
-        **describe(
-            shlex.join(["python", "-m", "bench.parity", *(sys.argv[1:] if argv is None else argv)]), args.commit
-        ),
+        **describe(command, args.commit),
         "matmul_precision": config.export.matmul_precision,
         "users": len(scores),
         "pairs": int(sum(map(len, scores.values()))),
         "latency_ms": latency,
     }
     if args.reference:
-        reference = safetensors.numpy.load_file(args.reference)
-        result["against_reference"] = compare({user: reference[user] for user in scores}, scores)
+        theirs = safetensors.numpy.load_file(args.reference)
+        result["against_reference"] = compare({user: theirs[user] for user in scores}, scores)
     (out / "parity.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
     if args.reference and result["against_reference"]["largest_gap_out_of_order"] >= TOLERANCE:
