@@ -11,11 +11,12 @@ from flax import nnx
 from flame_jax.config import ModelConfig
 from flame_jax.models.embeddings import EMBEDDING_SCALE
 from flame_jax.models.hstu_layer import hstu_layer, layer_weights
-from flame_jax.models.layers import Attention, Drop, Weights, layer_norm
+from flame_jax.models.layers import Attention, Drop, Weights
 from flame_jax.models.meta_stu import stack_from_meta
-from flame_jax.models.params import constant, normal
-from flame_jax.models.positions import one_block, query_times, reversed_positions
-from flame_jax.models.ranker import Packed, Ranker
+from flame_jax.models.one_block import OneBlockRanker
+from flame_jax.models.params import normal
+from flame_jax.models.positions import query_times
+from flame_jax.models.ranker import Packed
 from flame_jax.pallas_kernels.sumi_attention.api import sumi_attention
 from flame_jax.pallas_kernels.sumi_attention.types import Silu, TableBias
 from flame_jax.pallas_kernels.time_buckets import sqrt_bucket
@@ -27,22 +28,14 @@ SECONDS_PER_STEP = 60
 """The input's time table is read at sqrt(seconds / this) (DLRMv3)."""
 
 
-class Hstu(Ranker):
-    """Pointwise (SiLU) attention gated by u; one block, causal history.
-
-    Raises:
-        ValueError: the schema has more than one block.
-    """
+class Hstu(OneBlockRanker):
+    """Pointwise (SiLU) attention gated by u, causal history."""
 
     def __init__(self, config: ModelConfig, schema: FeatureSchema, vocabulary: int, *, rngs: nnx.Rngs) -> None:
-        one_block(schema, "hstu")
-        super().__init__(config, schema, vocabulary, config.width, rngs=rngs)
-        if config.position_rows:
-            self.position = normal(rngs, (config.position_rows, config.width), EMBEDDING_SCALE)
+        super().__init__(config, schema, vocabulary, rngs=rngs)
         if config.hstu.time_rows:
             self.time = normal(rngs, (config.hstu.time_rows, config.width), EMBEDDING_SCALE)
         self.layers = layer_weights(rngs, config)
-        self.final_scale, self.final_shift = constant((config.width,), 1.0), constant((config.width,), 0.0)
 
     def represent(self, x: jax.Array, packed: Packed, drop: Drop) -> jax.Array:
         """[1, T, d] -> [C, d]."""
@@ -53,16 +46,13 @@ class Hstu(Ranker):
             first = packed.first_candidate if index == depth - 1 else 0
             attention = self._attention(weights, packed)
             x = hstu_layer(x, weights, attention, config=self.config, first=first, drop=drop)
-        return layer_norm(x[0, -packed.candidates :], self.final_scale[...], self.final_shift[...])
+        return self.finish(x, packed)
 
     def _encode_input(self, x: jax.Array, packed: Packed) -> jax.Array:
         """DLRMv3's position and time-to-query tables, when there are any."""
         config = self.config
         if config.position_rows or config.hstu.time_rows:
-            x = x * config.width**0.5
-        if config.position_rows:
-            position = jnp.minimum(reversed_positions(packed), config.position_rows - 1)
-            x = x + self.position[...].astype(x.dtype)[position]
+            x = self.add_positions(x * config.width**0.5, packed)
         if config.hstu.time_rows:
             seconds = jnp.maximum(query_times(packed) - packed.time, 0)
             bucket = sqrt_bucket(seconds, SECONDS_PER_STEP, config.hstu.time_rows)

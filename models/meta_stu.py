@@ -11,6 +11,7 @@ import numpy as np
 
 from flame_jax.config import HstuConfig, ModelConfig
 from flame_jax.models.hstu_layer import hstu_layer
+from flame_jax.models.params import misfits
 from flame_jax.packing import CANDIDATE_COUNT, CANDIDATE_START, HISTORY_LENGTH, HISTORY_START, row_width
 from flame_jax.pallas_kernels.sumi_attention.api import sumi_attention
 from flame_jax.pallas_kernels.sumi_attention.types import Silu
@@ -57,14 +58,7 @@ def layers_from_meta(
         "_output_norm_bias": (values,),
     }
     expected = {f"_stu_layers.{i}.{name}": shape for i in range(depth) for name, shape in shapes.items()}
-    problems = [f"missing {name}" for name in expected if name not in state]
-    problems += [f"extra {name}" for name in state if name not in expected]
-    problems += [
-        f"{name} is {tuple(state[name].shape)}, expected {shape}"
-        for name, shape in expected.items()
-        if name in state and tuple(state[name].shape) != shape
-    ]
-    if problems:
+    if problems := misfits(expected, state):
         raise ValueError("not an STU stack of these sizes: " + "; ".join(problems))
     return {
         ours: np.stack([np.asarray(state[f"_stu_layers.{i}.{theirs}"], np.float32) for i in range(depth)])

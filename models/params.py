@@ -1,12 +1,27 @@
-"""Making weights: every model is a tree of float32 `nnx.Param`s."""
+"""Making and checking weights: every model is a tree of float32 `nnx.Param`s."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 Param = nnx.Param[jax.Array]
+
+
+def misfits(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, Any]) -> list[str]:
+    """Every name that is missing, extra or of another shape, in words."""
+    problems = [f"missing {name}" for name in expected if name not in given]
+    problems += [f"extra {name}" for name in given if name not in expected]
+    problems += [
+        f"{name} is {tuple(given[name].shape)}, expected {shape}"
+        for name, shape in expected.items()
+        if name in given and tuple(given[name].shape) != shape
+    ]
+    return problems
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float) -> Param:

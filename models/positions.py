@@ -8,13 +8,6 @@ import jax.numpy as jnp
 from flame_jax.models.ranker import Packed
 from flame_jax.packing import REQUEST_TIME
 from flame_jax.pallas_kernels.segments import Tiles, tiles
-from flame_jax.schema import FeatureSchema
-
-
-def one_block(schema: FeatureSchema, architecture: str) -> None:
-    """Raise ValueError unless the schema has exactly one block."""
-    if len(schema.blocks) != 1:
-        raise ValueError(f"a {architecture} reads one block, the schema has {len(schema.blocks)}")
 
 
 def _all_tiles(packed: Packed) -> Tiles:

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from flame_jax.config import ModelConfig
+from flame_jax.models.params import misfits
 from flame_jax.models.ranker import Ranker
 from flame_jax.models.registry import make_ranker
 from flame_jax.packing import Layout, SlotLayout
@@ -45,13 +46,7 @@ def check_weights(model: nnx.Module, weights: Mapping[str, Any]) -> None:
         ValueError: naming every missing, extra and misshapen weight.
     """
     expected = flat_weights_shapes(model)
-    problems = [f"missing {name}" for name in expected if name not in weights]
-    problems += [f"extra {name}" for name in weights if name not in expected]
-    problems += [
-        f"{name} is {tuple(weights[name].shape)}, expected {shape}"
-        for name, shape in expected.items()
-        if name in weights and tuple(weights[name].shape) != shape
-    ]
+    problems = misfits(expected, weights)
     problems += [
         f"{name} is {weights[name].dtype}, expected float32"
         for name in expected

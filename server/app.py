@@ -97,12 +97,16 @@ async def serve(config: Config) -> int:
         raise StartError(f"the device can't run artifact {artifact.path}: {error}") from error
     assembler = Assembler(manifest.schema, engine.vocabulary)
     inbox = Inbox(loop)
-    dispatcher = Dispatcher(
-        [
+    try:
+        executors = [
             Executor(engine, bucket, assembler.layout, manifest.layout)
             for bucket in manifest.buckets
             for _ in range(config.dispatch.executors)
-        ],
+        ]
+    except OSError as error:
+        raise StartError(f"slots can't be allocated: {error.strerror}; see dispatch.executors and ulimit -n") from error
+    dispatcher = Dispatcher(
+        executors,
         manifest.buckets,
         manifest.layout,
         assembler.layout,
