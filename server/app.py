@@ -19,7 +19,7 @@ import uvloop
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from flame_jax.config import Config, load, refuse
+from flame_jax.config import Config, ServerConfig, load, refuse
 from flame_jax.dso.dispatcher import Dispatcher
 from flame_jax.dso.executor import Executor
 from flame_jax.fke.artifact import Artifact, ArtifactError
@@ -70,22 +70,50 @@ async def serve(config: Config) -> int:
     server, port = _bind(config)
     artifact = Artifact(config.export.artifact)
     manifest = artifact.manifest
-    store = LmdbStore(config.store.path, manifest.schema)
-    try:
-        metrics_port = metrics.listen(settings.host, settings.metrics_port)
-    except OSError as error:
-        raise StartError(
-            f"metrics port {_address(settings.host, settings.metrics_port)} can't be bound: {error.strerror}"
-        ) from error
-
-    loop = asyncio.get_running_loop()
-    stopped: asyncio.Future[int] = loop.create_future()
     if config.schema not in (FeatureSchema(), manifest.schema):
         log.warning("the configuration's schema is not the artifact's, which is the one served")
+    store = LmdbStore(config.store.path, manifest.schema)
+    metrics_port = _listen(metrics, settings)
 
-    def die() -> None:
-        loop.call_soon_threadsafe(_stop, stopped, 1)
+    stopped: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    engine = _load(artifact)
+    service, dispatcher = _assemble(config, engine, store, metrics, stopped)
+    log.info("configuration: %s", json.dumps(dataclasses.asdict(config)))
+    compiles = CompileCounter()
+    _export(metrics, engine, service, dispatcher, compiles)
+    checks = await _start(server, service, stopped)
+    print(
+        f"READY grpc={_address(settings.host, port)} metrics={_address(settings.host, metrics_port)} "
+        f"model={manifest.model.name} version={manifest.version} buckets={len(manifest.buckets)}",
+        flush=True,
+    )
 
+    status = await stopped
+    log.info("draining %d calls", service.in_flight)
+    service.draining = True
+    await checks.enter_graceful_shutdown()
+    if not await _drained(service, settings.drain_seconds):
+        log.error("%d calls did not finish within server.drain_seconds", service.in_flight)
+        status = 1
+    await server.stop(grace=1.0)
+    if status == 0 and not await asyncio.to_thread(dispatcher.stop, STOP_SECONDS):
+        log.error("a batch did not finish: the device hangs")
+        status = 1
+    store.close()
+    log.info("stopped; %d compilations after READY", compiles.count)
+    return status
+
+
+def _listen(metrics: Metrics, settings: ServerConfig) -> int:
+    try:
+        return metrics.listen(settings.host, settings.metrics_port)
+    except OSError as error:
+        address = _address(settings.host, settings.metrics_port)
+        raise StartError(f"metrics port {address} can't be bound: {error.strerror}") from error
+
+
+def _load(artifact: Artifact) -> Engine:
+    """The artifact's model on the first device, warm."""
     try:
         device = jax.devices()[0]
     except (RuntimeError, AssertionError) as error:
@@ -95,8 +123,20 @@ async def serve(config: Config) -> int:
         engine.warm()
     except jax.errors.JaxRuntimeError as error:
         raise StartError(f"the device can't run artifact {artifact.path}: {error}") from error
+    return engine
+
+
+def _assemble(
+    config: Config, engine: Engine, store: LmdbStore, metrics: Metrics, stopped: asyncio.Future[int]
+) -> tuple[RankingService, Dispatcher]:
+    """Slots, dispatcher and service of one loaded model."""
+    manifest, loop = engine.manifest, asyncio.get_running_loop()
     assembler = Assembler(manifest.schema, engine.vocabulary)
     inbox = Inbox(loop)
+
+    def die() -> None:
+        loop.call_soon_threadsafe(_stop, stopped, 1)
+
     try:
         executors = [
             Executor(engine, bucket, assembler.layout, manifest.layout)
@@ -119,16 +159,20 @@ async def serve(config: Config) -> int:
         schema=manifest.schema,
         model=manifest.model.name,
         version=manifest.version,
-        config=settings,
+        config=config.server,
         store=store,
         assembler=assembler,
         dispatcher=dispatcher,
         inbox=inbox,
         metrics=metrics,
     )
-    log.info("configuration: %s", json.dumps(dataclasses.asdict(config)))
-    compiles = CompileCounter()
-    _export(metrics, engine, service, dispatcher, compiles)
+    return service, dispatcher
+
+
+async def _start(
+    server: grpc.aio.Server, service: RankingService, stopped: asyncio.Future[int]
+) -> health.aio.HealthServicer:
+    """Answer calls, probes and reflection, and listen to signals."""
     checks = health.aio.HealthServicer()
     server.add_generic_rpc_handlers((service.handler(),))
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
@@ -137,27 +181,8 @@ async def serve(config: Config) -> int:
     for name in ("", SERVICE):
         await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, _on_signal, stopped)
-    print(
-        f"READY grpc={_address(settings.host, port)} metrics={_address(settings.host, metrics_port)} "
-        f"model={manifest.model.name} version={manifest.version} buckets={len(manifest.buckets)}",
-        flush=True,
-    )
-
-    status = await stopped
-    log.info("draining %d calls", service.in_flight)
-    service.draining = True
-    await checks.enter_graceful_shutdown()
-    if not await _drained(service, settings.drain_seconds):
-        log.error("%d calls did not finish within server.drain_seconds", service.in_flight)
-        status = 1
-    await server.stop(grace=1.0)
-    if status == 0 and not await asyncio.to_thread(dispatcher.stop, STOP_SECONDS):
-        log.error("a batch did not finish: the device hangs")
-        status = 1
-    store.close()
-    log.info("stopped; %d compilations after READY", compiles.count)
-    return status
+        asyncio.get_running_loop().add_signal_handler(number, _on_signal, stopped)
+    return checks
 
 
 def _bind(config: Config) -> tuple[grpc.aio.Server, int]:
