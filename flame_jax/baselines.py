@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import csr_array
 from scipy.special import expit
-from sklearn.linear_model import LogisticRegression
 
 TOLERANCE = 1e-7
 """Largest gradient at which the fit stops. At scikit-learn's 1e-4 some items' biases are off by a half."""
@@ -119,6 +118,8 @@ def fit_bias_model(
         raise ValueError(f"regularisation_c must be positive and finite, not {regularisation_c}")
     user_keys, user_at = np.unique(users, return_inverse=True)
     item_keys, item_at = np.unique(items, return_inverse=True)
+    from sklearn.linear_model import LogisticRegression  # of the extra `demo`, needed only here
+
     fitted = LogisticRegression(C=regularisation_c, tol=TOLERANCE, max_iter=1000)
     fitted.fit(_one_hot(user_at, item_at, len(user_keys), len(item_keys)), truth)
     weights = fitted.coef_[0].astype(np.float32)

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.metrics import log_loss, roc_auc_score
 
 INTERVAL = (2.5, 97.5)
 """Percentiles between which a 95% interval lies."""
@@ -103,6 +102,8 @@ def evaluate(
         ValueError: the arrays are not one-dimensional and of one length, a label is neither 0 nor 1, a
             probability is NaN or outside [0, 1], no user has both labels, or `resamples` is less than 1.
     """
+    from sklearn.metrics import log_loss, roc_auc_score  # of the extra `demo`, needed only here
+
     _, truth, values = _events(users, labels, probabilities)
     if np.any((values < 0) | (values > 1)):
         raise ValueError(f"probabilities must lie in [0, 1], not [{values.min()}, {values.max()}]")

@@ -135,6 +135,16 @@ class SlotLayout:
         return {f.name: buffer[f.offset : f.offset + f.words].view(f.dtype).reshape(f.shape) for f in self.fields}
 
 
+def check_bucket(bucket: Bucket, layout: Layout) -> None:
+    """Raise ValueError unless the bucket holds candidates, and is made of whole tiles."""
+    tokens, candidates = bucket
+    if not 0 < candidates <= tokens or tokens % layout.align or candidates % layout.align:
+        raise ValueError(
+            f"bucket {bucket} must hold 0 < candidates <= tokens, both multiples of {layout.align} "
+            f"(layout.align = {layout.align})"
+        )
+
+
 def slot_layout(schema: FeatureSchema, layout: Layout, bucket: Bucket) -> SlotLayout:
     """Derive the slot of `bucket` from the schema.
 
@@ -144,9 +154,8 @@ def slot_layout(schema: FeatureSchema, layout: Layout, bucket: Bucket) -> SlotLa
     Raises:
         ValueError: the bucket is not a positive multiple of the alignment.
     """
+    check_bucket(bucket, layout)
     tokens, candidates = bucket
-    if not 0 < candidates <= tokens or tokens % layout.align or candidates % layout.align:
-        raise ValueError(f"bucket {bucket} must hold 0 < candidates <= tokens, both multiples of {layout.align}")
     blocks, requests = len(schema.blocks), layout.max_requests
     int32 = np.dtype("<i4")
     shapes: list[tuple[str, tuple[int, ...], np.dtype[Any]]] = [

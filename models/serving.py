@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,7 +31,11 @@ def flat_weights_shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _named(model: nnx.Module) -> list[tuple[str, Any]]:
-    return [("/".join(map(str, path)), leaf) for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))]
+    return [(_name(path), leaf) for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))]
+
+
+def _name(path: Iterable[Any]) -> str:
+    return "/".join(map(str, path))
 
 
 def abstract_model(config: ModelConfig, schema: FeatureSchema, vocabulary: int) -> Ranker:
@@ -60,9 +64,8 @@ def load_weights(model: nnx.Module, weights: Mapping[str, Any]) -> None:
     """Put weights into a model. Raises ValueError, and changes nothing, when they do not fit."""
     check_weights(model, weights)
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    nnx.update(
-        model, nnx.from_flat_state([(p, leaf.replace(jnp.asarray(weights["/".join(map(str, p))]))) for p, leaf in flat])
-    )
+    loaded = [(path, leaf.replace(jnp.asarray(weights[_name(path)]))) for path, leaf in flat]
+    nnx.update(model, nnx.from_flat_state(loaded))
 
 
 def unpack(slot: jax.Array, layout: SlotLayout) -> dict[str, jax.Array]:

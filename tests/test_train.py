@@ -6,6 +6,8 @@ import copy
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -339,3 +341,14 @@ def test_a_user_with_more_held_out_events_than_a_batch_holds_is_scored_or_refuse
     else:
         assert np.isfinite(scores["climber"]).all()
         assert len(scores["climber"]) == len(held.users)
+
+
+def test_without_scikit_learn_training_names_the_extra_and_help_still_works() -> None:
+    probe = "import sys; sys.modules['sklearn'] = None; from flame_jax.train import main; main(sys.argv[1:])"
+    run = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 1
+    assert run.stderr.count("\n") == 1
+    assert "flame-jax[demo]" in run.stderr
+    shown = subprocess.run([sys.executable, "-c", probe, "--help"], capture_output=True, text=True, timeout=120)
+    assert shown.returncode == 0
+    assert "--train.epochs" in shown.stdout

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flame_jax.dso.batching import Batch, next_batch
+from flame_jax.dso.batching import SCAN, Batch, next_batch
 from flame_jax.dso.executor import Executor, Piece
 from flame_jax.fke.buckets import Ladder, capacity
 from flame_jax.packing import Extent, Layout
@@ -244,7 +244,7 @@ class Dispatcher:
                     return None
                 expired = self._drop_expired()
                 if self._waiting:
-                    batch = next_batch([work.remaining for work in self._waiting], self._ladder, self._layout)
+                    batch = next_batch([work.remaining for work in self._waiting[:SCAN]], self._ladder, self._layout)
                     self._in_flight += 1
                     flight = self._free[batch.bucket].pop(), self._take(batch)
                 else:

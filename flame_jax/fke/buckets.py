@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from flame_jax.packing import Bucket, Extent, Layout, fits
+from flame_jax.packing import Bucket, Extent, Layout, check_bucket, fits
 from flame_jax.schema import FeatureSchema
 
 Ladder = tuple[Bucket, ...]
@@ -21,14 +21,7 @@ def make_ladder(pairs: Iterable[Sequence[int]], schema: FeatureSchema, layout: L
     if not ladder:
         raise ValueError("export.buckets is empty")
     for bucket in ladder:
-        if (
-            not 0 < bucket.candidates <= bucket.tokens
-            or bucket.tokens % layout.align
-            or bucket.candidates % layout.align
-        ):
-            raise ValueError(
-                f"bucket {bucket} must hold 0 < candidates <= tokens, both multiples of layout.align = {layout.align}"
-            )
+        check_bucket(bucket, layout)
     if any(bucket.candidates > ladder[-1].candidates for bucket in ladder):
         raise ValueError(f"the largest bucket {ladder[-1]} must take as many candidates as every other")
     longest = Extent(schema.history_rows, 1)
