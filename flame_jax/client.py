@@ -81,6 +81,7 @@ class RankingClient:
         tasks: Sequence[str] = (),
         history: History | None = None,
         context: Mapping[str, int | float] | None = None,
+        item_features: Mapping[str, Sequence[float] | np.ndarray] | None = None,
         scenario: str = "",
         model: str = "",
         version: str = "",
@@ -94,6 +95,8 @@ class RankingClient:
         Args:
             candidates: external item ids, int64[C].
             history: sent instead of the store's; see `flame_jax.request.History`.
+            item_features: [C] floats for a numeric feature, [C] integers for any other, of the item features
+                that come with the request.
             timeout: seconds; the server's default when None.
 
         Raises:
@@ -125,6 +128,9 @@ class RankingClient:
                 request.context[name].integer = int(value)
             else:
                 request.context[name].number = value
+        for name, values in (item_features or {}).items():
+            column = np.asarray(values)
+            request.item_features[name] = column.astype("<f4" if column.dtype.kind == "f" else "<i8").tobytes()
         started = time.perf_counter()
         answer = self._stub.Rank(request, timeout=timeout)
         latency = (time.perf_counter() - started) * 1e3

@@ -111,7 +111,8 @@ class ModelConfig:
         head_dim: size of a head (HSTU: of its queries and keys).
         ffn: hidden size of a layer's FFN (Climber and transformer).
         position_rows: rows of the input's position table (HSTU and transformer); 0 for none.
-        dtype: computing type of matrix products and activations; weights are float32.
+        dtype: computing type of matrix products and activations; weights are trained in float32.
+        table_dtype: type in which the embedding tables of items and side features are served.
     """
 
     architecture: Literal["climber", "hstu", "transformer"] = "climber"
@@ -123,6 +124,7 @@ class ModelConfig:
     ffn: int = 512
     position_rows: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
+    table_dtype: Literal["float32", "bfloat16"] = "float32"
     head: HeadConfig = HeadConfig()
     climber: ClimberConfig = ClimberConfig()
     hstu: HstuConfig = HstuConfig()
@@ -151,13 +153,16 @@ class TrainConfig:
     Attributes:
         checkpoint: folder of the checkpoint, resumed from when it exists.
         label_actions: per task, the actions that count as a positive label.
+        negatives: items sampled beside each event, whose labels are 0: for logs that hold only what people took.
+        negative_period: seconds; a negative is drawn by its popularity in the event's period.
         epochs: passes over the training events.
         learning_rate: peak of the one-cycle schedule.
         weight_decay: AdamW's decay.
         dropout: dropout on token embeddings and on each layer's outputs.
         tokens: token rows of a training batch.
         candidates: candidate rows of a training batch.
-        chunk: most candidates taken from one history when training.
+        tiles_at_once: tiles of attention that training computes together; more is faster and takes more memory.
+        chunk: most events scored from one history when training.
         min_history: events a history holds at least before its next ones become candidates.
         test_fraction: newest share of each user's events, kept for the test.
         validation: train without the newest share of the training events as well and report on it, to
@@ -168,12 +173,15 @@ class TrainConfig:
 
     checkpoint: str = "runs/demo/checkpoint"
     label_actions: dict[str, list[int]] = field(default_factory=lambda: {"score": [0]})
+    negatives: int = 0
+    negative_period: int = 604800
     epochs: int = 4
     learning_rate: float = 2e-3
     weight_decay: float = 1e-2
     dropout: float = 0.1
     tokens: int = 4096
     candidates: int = 1024
+    tiles_at_once: int = 16
     chunk: int = 32
     min_history: int = 4
     test_fraction: float = 0.2
@@ -182,8 +190,8 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _at_least(1, "train", self, "epochs", "tokens", "candidates", "chunk")
-        _at_least(0, "train", self, "learning_rate", "weight_decay", "min_history", "seed")
+        _at_least(1, "train", self, "epochs", "tokens", "candidates", "chunk", "tiles_at_once", "negative_period")
+        _at_least(0, "train", self, "learning_rate", "weight_decay", "min_history", "seed", "negatives")
         for name in ("dropout", "unknown_rate"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"train.{name} must lie in [0, 1), not {getattr(self, name)}")

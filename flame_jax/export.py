@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import numpy as np
 from tqdm import tqdm
 
 from flame_jax.config import Config, load, refuse
@@ -15,7 +14,7 @@ from flame_jax.fke.artifact import ArtifactError, Manifest, Target, jaxlib_versi
 from flame_jax.fke.buckets import make_ladder
 from flame_jax.fke.compile import compile_bucket, platform_of, serialize
 from flame_jax.models.checkpoint import Checkpoint, CheckpointError, load_checkpoint
-from flame_jax.models.serving import abstract_model, check_weights, flat_weights_shapes
+from flame_jax.models.serving import abstract_model, check_weights, served_weights, weight_specs
 from flame_jax.packing import Bucket
 
 PROG = "python -m flame_jax.export"
@@ -43,9 +42,8 @@ def export(config: Config, checkpoint: Checkpoint, device: jax.Device, *, progre
         ValueError: the ladder or the weights don't fit the model.
     """
     ladder = make_ladder(config.export.buckets, checkpoint.schema, config.layout)
-    rows = checkpoint.vocabulary.rows
-    model = abstract_model(checkpoint.model, checkpoint.schema, rows)
-    check_weights(model, checkpoint.weights)
+    rows = checkpoint.vocabularies.items.rows
+    check_weights(weight_specs(abstract_model(checkpoint.model, checkpoint.schema, rows)), checkpoint.weights)
     executables: dict[Bucket, bytes] = {}
     for bucket in (bar := tqdm(ladder, desc="compile", unit="bucket", disable=not progress)):
         started = time.perf_counter()
@@ -69,8 +67,8 @@ def export(config: Config, checkpoint: Checkpoint, device: jax.Device, *, progre
         target=Target(platform_of(device), device.device_kind, jaxlib_version()),
         matmul_precision=config.export.matmul_precision,
         kernels={"sumi_attention": "xla"},
-        weights={name: np.asarray(checkpoint.weights[name], np.float32) for name in flat_weights_shapes(model)},
-        vocabulary=checkpoint.vocabulary,
+        weights=served_weights(checkpoint.model, checkpoint.weights),
+        vocabularies=checkpoint.vocabularies,
         executables=executables,
     )
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flame_jax.schema import Feature, FeatureSchema
+from flame_jax.schema import FeatureSchema, feature_field
 
 # Columns of a request's row. One history length per block follows.
 HISTORY_START, CANDIDATE_START, CANDIDATE_COUNT, SCENARIO, REQUEST_TIME, HISTORY_LENGTH = range(6)
@@ -149,7 +149,7 @@ def slot_layout(schema: FeatureSchema, layout: Layout, bucket: Bucket) -> SlotLa
     """Derive the slot of `bucket` from the schema.
 
     Fields: `rows` int32[R_max, 5 + blocks]; `item`, `action`, `time` int32[blocks, T]; `item.<name>`
-    [C_max]; `user.<name>` and `context.<name>` [R_max].
+    [C_max] of item features that travel; `user.<name>` and `context.<name>` [R_max].
 
     Raises:
         ValueError: the bucket is not a positive multiple of the alignment.
@@ -164,20 +164,12 @@ def slot_layout(schema: FeatureSchema, layout: Layout, bucket: Bucket) -> SlotLa
         ("action", (blocks, tokens), int32),
         ("time", (blocks, tokens), int32),
     ]
-    for group, features, length in (
-        ("item", schema.item_features, candidates),
-        ("user", schema.user_features, requests),
-        ("context", schema.context_features, requests),
-    ):
-        shapes += [(feature_field(group, f), (length,), f.dtype) for f in features]
+    for group, feature in schema.slot_features:
+        length = candidates if group == "item" else requests
+        shapes.append((feature_field(group, feature), (length,), feature.dtype))
     fields, offset = [], 0
     for name, shape, dtype in shapes:
         field = Field(name, offset, shape, dtype)
         fields.append(field)
         offset += field.words
     return SlotLayout(bucket, tuple(fields), offset)
-
-
-def feature_field(group: str, feature: Feature) -> str:
-    """Name of a side feature's field in a slot."""
-    return f"{group}.{feature.name}"

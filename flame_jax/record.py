@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flame_jax.packing import HISTORY_LENGTH, Extent, Place, feature_field
-from flame_jax.schema import FeatureSchema
+from flame_jax.packing import HISTORY_LENGTH, Extent, Place
+from flame_jax.schema import FeatureSchema, feature_field
 
 NOTHING = -1
 """Item or action row of a history row that has none, where events are interleaved."""
@@ -36,9 +36,9 @@ class RecordLayout:
         self.blocks = len(schema.blocks)
         self.candidate_action = schema.actions
         self._stride = 2 if schema.interleave else 1
-        self._request_fields = [feature_field("user", f) for f in schema.user_features]
-        self._request_fields += [feature_field("context", f) for f in schema.context_features]
-        self._item_fields = [feature_field("item", f) for f in schema.item_features]
+        travelling = schema.slot_features
+        self._request_fields = [feature_field(group, f) for group, f in travelling if group != "item"]
+        self._item_fields = [feature_field(group, f) for group, f in travelling if group == "item"]
         self._head = _LENGTHS + self.blocks
         self._body = self._head + len(self._request_fields)
 
@@ -58,7 +58,7 @@ class RecordLayout:
             request_words: int32[user + context features], float features as their bits.
             blocks: one history per block of the schema.
             candidates: int32[C] item rows.
-            item_columns: one int32[C] per item feature, float features as their bits.
+            item_columns: one int32[C] per item feature that travels, float features as their bits.
         """
         lengths = [len(block.items) for block in blocks]
         count = len(candidates)

@@ -62,7 +62,9 @@ class RankRequest:
         scenario: index into the schema's scenarios.
         request_time: seconds since the epoch, in [0, 2**31); later events are not seen.
         history: events sent along, used instead of the store's.
-        context: value per context feature of the schema; missing ones are 0.
+        context: value per context feature of the schema; missing ones take their feature's default.
+        item_features: [C] of `Feature.stored_dtype` per item feature that comes with the request; missing ones
+            take their feature's default.
         tasks: indices of the tasks wanted, in the order wanted.
         top_k: how many best candidates of the first task to name; 0 for none.
     """
@@ -73,6 +75,7 @@ class RankRequest:
     request_time: int
     history: History | None = None
     context: Mapping[str, int | float] = field(default_factory=dict)
+    item_features: Mapping[str, np.ndarray] = field(default_factory=dict)
     tasks: tuple[int, ...] = (0,)
     top_k: int = 0
 

@@ -13,42 +13,77 @@ MAX_BITS = 31
 """Widest multi-hot feature: it travels as one int32 word."""
 
 
+NO_KEY = -1
+"""Key of an `id` feature without a value; like every unknown key it reads row 0."""
+
+
 @dataclass(frozen=True)
 class Feature:
-    """One side feature of an item, a user or the request's context; one 4-byte word a value.
+    """One side feature of an item, a user or the request's context.
 
     Attributes:
         name: unique within its group.
-        kind: `categorical` is an int32 in [0, size); `bits` is a multi-hot int32 of `size` bits;
-            `numeric` is a float32.
-        size: number of values (categorical) or of bits (bits, at most 31); 0 for numeric.
+        kind: `categorical` is an int32 in [0, size); `bits` is a multi-hot int32 of `size` bits; `numeric` is a
+            float32; `id` is an external int64 key, mapped to a row by a vocabulary that training makes.
+        size: number of values (categorical), of bits (bits, at most 31), or of keys that the vocabulary holds at
+            most, the most frequent ones (id; row 0 is added for all others); 0 for numeric.
+        source: where an item's value comes from: `store`, read for each request; `request`, sent with each
+            candidate; `table`, a column on the device by item row, filled from the store when the model is
+            trained, so that only the item id crosses the bus. "" is the group's own: the store for items and
+            users, the request for the context.
     """
 
     name: str
-    kind: Literal["categorical", "numeric", "bits"]
+    kind: Literal["categorical", "numeric", "bits", "id"]
     size: int = 0
+    source: Literal["", "store", "request", "table"] = ""
 
     def __post_init__(self) -> None:
-        if self.kind not in ("categorical", "numeric", "bits"):
-            raise ValueError(f"feature {self.name!r} has kind {self.kind!r}, not categorical, numeric or bits")
+        if self.kind not in ("categorical", "numeric", "bits", "id"):
+            raise ValueError(f"feature {self.name!r} has kind {self.kind!r}, not categorical, numeric, bits or id")
+        if self.source not in ("", "store", "request", "table"):
+            raise ValueError(f"feature {self.name!r} has source {self.source!r}, not store, request or table")
         if not self.name.isidentifier():
             raise ValueError(f"feature name {self.name!r} is not an identifier")
         if self.kind == "numeric" and self.size != 0:
             raise ValueError(f"feature {self.name!r} is numeric: leave its size at 0, not {self.size}")
-        if self.kind == "categorical" and not 0 < self.size <= 2**31 - 1:
-            raise ValueError(f"feature {self.name!r} is categorical: size must be positive, not {self.size}")
+        if self.kind in ("categorical", "id") and not 0 < self.size <= 2**31 - 2:
+            raise ValueError(f"feature {self.name!r} is {self.kind}: size must be positive, not {self.size}")
         if self.kind == "bits" and not 0 < self.size <= MAX_BITS:
             raise ValueError(f"feature {self.name!r} is bits: size must be 1..{MAX_BITS}, not {self.size}")
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """float32 for numeric, int32 otherwise."""
+        """Of a value as the model reads it: float32 for numeric, int32 otherwise (of an id, its row)."""
         return np.dtype("<f4") if self.kind == "numeric" else np.dtype("<i4")
 
     @property
+    def stored_dtype(self) -> np.dtype[Any]:
+        """Of a value in the store and in a request: int64 for an id's key, else `dtype`."""
+        return np.dtype("<i8") if self.kind == "id" else self.dtype
+
+    @property
+    def default(self) -> int:
+        """What stands for a missing value, in the store and in a request."""
+        return NO_KEY if self.kind == "id" else 0
+
+    @property
     def limit(self) -> int:
-        """Values lie in [0, limit); meaningless for numeric."""
-        return 1 << self.size if self.kind == "bits" else self.size
+        """Values as the model reads them lie in [0, limit); meaningless for numeric."""
+        return {"bits": 1 << self.size, "id": self.size + 1}.get(self.kind, self.size)
+
+    @property
+    def rows(self) -> int:
+        """Rows of its embedding table."""
+        return {"numeric": 1, "id": self.size + 1}.get(self.kind, self.size)
+
+    def fits(self, values: np.ndarray) -> bool:
+        """Whether every one of `stored_dtype` values is in range."""
+        if self.kind == "numeric":
+            return bool(np.isfinite(values).all())
+        if self.kind == "id":
+            return bool((values >= NO_KEY).all())
+        return bool(((values >= 0) & (values < self.limit)).all())
 
 
 @dataclass(frozen=True)
@@ -75,9 +110,9 @@ class FeatureSchema:
         blocks: sub-sequences extracted from the history, each with a stack of layers of its own.
         block_length: events per block at most; the newest are kept.
         interleave: an event takes two rows of the history, its item and then its action (NVIDIA's HSTU).
-        item_features: candidate-side features, read from the store.
+        item_features: candidate-side features; each names its source.
         user_features: read from the store with the user's history.
-        context_features: sent with the request.
+        context_features: sent with the request; what a request says of its user belongs here.
     """
 
     tasks: tuple[str, ...] = ("score",)
@@ -98,6 +133,10 @@ class FeatureSchema:
             names = [f.name for f in getattr(self, group)]
             if names:
                 _unique(group, names)
+        for group, own in (("user_features", "store"), ("context_features", "request")):
+            for feature in getattr(self, group):
+                if feature.source not in ("", own):
+                    raise ValueError(f"schema.{group}: {feature.name!r} can only come from the {own}")
         if any(f.name == "id" for f in self.item_features):
             raise ValueError("schema.item_features may not name a feature 'id': it is the stored row's key")
         if type(self.actions) is not int or type(self.block_length) is not int:
@@ -115,6 +154,27 @@ class FeatureSchema:
     def history_rows(self) -> int:
         """Rows of the longest history: the window that attention reads."""
         return self.block_length * (2 if self.interleave else 1)
+
+    @property
+    def stored_item_features(self) -> tuple[Feature, ...]:
+        """Those that an item's record in the store holds."""
+        return tuple(f for f in self.item_features if f.source != "request")
+
+    @property
+    def slot_features(self) -> tuple[tuple[str, Feature], ...]:
+        """Every side feature that travels to the device with a request, with its group, in slot order."""
+        return tuple((group, f) for group, f in self.features if f.source != "table")
+
+    @property
+    def features(self) -> tuple[tuple[str, Feature], ...]:
+        """Every side feature with its group: items', users', the context's."""
+        groups = (("item", self.item_features), ("user", self.user_features), ("context", self.context_features))
+        return tuple((group, feature) for group, features in groups for feature in features)
+
+    @property
+    def fetches_items(self) -> bool:
+        """Whether scoring needs the candidates' records from the store."""
+        return any(f.source in ("", "store") for f in self.item_features)
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists and dicts, as `json` reads them back."""
@@ -141,13 +201,37 @@ class FeatureSchema:
 
     def store_fingerprint(self) -> str:
         """SHA-256 of what the store holds: records of another fingerprint cannot be read."""
-        whole = self.to_json()
-        return _digest({k: whole[k] for k in ("actions", "item_features", "user_features")})
+
+        def stored(features: tuple[Feature, ...]) -> list[dict[str, Any]]:
+            # How many of an id's keys the model knows is no matter of the store's.
+            return [{"name": f.name, "kind": f.kind, "size": 0 if f.kind == "id" else f.size} for f in features]
+
+        return _digest(
+            {
+                "actions": self.actions,
+                "item_features": stored(self.stored_item_features),
+                "user_features": stored(self.user_features),
+            }
+        )
+
+
+def feature_field(group: str, feature: Feature) -> str:
+    """A side feature's full name: of its slot field, its table and its vocabulary."""
+    return f"{group}.{feature.name}"
 
 
 def record_dtype(features: tuple[Feature, ...]) -> np.dtype[Any]:
-    """Structured dtype of one packed row of side features, 4 bytes a field."""
-    return np.dtype([(f.name, f.dtype) for f in features])
+    """Structured dtype of one packed row of side features as they are stored and sent."""
+    return np.dtype([(f.name, f.stored_dtype) for f in features])
+
+
+def default_rows(features: tuple[Feature, ...], dtype: np.dtype[Any], count: int | tuple[int, ...]) -> np.ndarray:
+    """Structured[count] rows of `dtype` in which every feature is missing."""
+    rows = np.zeros(count, dtype)
+    for feature in features:
+        if feature.default:
+            rows[feature.name] = feature.default
+    return rows
 
 
 def _unique(what: str, names: list[str] | tuple[str, ...]) -> None:

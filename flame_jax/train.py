@@ -7,28 +7,26 @@ import importlib.util
 import json
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
-from tqdm import tqdm
 
-from flame_jax.baselines import BiasModel, fit_bias_model, item_mean
 from flame_jax.config import Config, load, refuse
-from flame_jax.evaluation import Quality, difference_interval, evaluate, table
-from flame_jax.examples import Batch, Dataset, Example, Packer, sample_examples, split_points
-from flame_jax.models.checkpoint import Checkpoint, CheckpointError, CheckpointFolder
+from flame_jax.models.checkpoint import CheckpointError, CheckpointFolder
 from flame_jax.models.ranker import Ranker
 from flame_jax.models.registry import make_ranker
-from flame_jax.models.serving import flat_weights, load_weights, unpack
 from flame_jax.packing import Bucket
 from flame_jax.pda.lmdb_store import LmdbStore
 from flame_jax.pda.store import StoreError
+from flame_jax.training.baselines import BiasModel, fit_bias_model, fit_repeat_model, item_mean
+from flame_jax.training.evaluation import difference_interval, evaluate, table
+from flame_jax.training.examples import Dataset, Negatives, Packer, split_points
+from flame_jax.training.lookup import fill_columns, make_vocabularies
+from flame_jax.training.loop import fit, predict
+from flame_jax.training.negatives import NegativeSampler
 from flame_jax.vocabulary import Vocabulary
 
 PROG = "python -m flame_jax.train"
@@ -37,13 +35,27 @@ ITEM_MEAN_STRENGTH = 2.0
 BIAS_MODEL_C = 1.0
 """Both chosen by log loss on the validation slice of MovieLens-100K."""
 
+HELD_OUT_SEED = 2**31
+"""Seeds the negatives of the held-out slice, the same for every model."""
 
-class Split(NamedTuple):
-    """Columns of one slice of events: int64[n] users (by number) and item ids, bool[n] labels of the first task."""
+Scores = dict[str, np.ndarray]
+"""float64[n, tasks] probabilities by the name of a model or a baseline."""
+
+
+class Slice(NamedTuple):
+    """Columns of one slice of candidates, events and their negatives.
+
+    Attributes:
+        users: int64[n], by number.
+        items: int64[n], item ids.
+        labels: bool[n, tasks].
+        before: int64[n], how often the user had taken the item before.
+    """
 
     users: np.ndarray
     items: np.ndarray
     labels: np.ndarray
+    before: np.ndarray
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -52,8 +64,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if importlib.util.find_spec("sklearn") is None:
         refuse(PROG, "training needs scikit-learn: pip install 'flame-jax[demo]'", status=1)
     try:
+        check_trainable(config)
         store = LmdbStore(config.store.path, config.schema)
-        dataset = Dataset(store, config.schema)
+        dataset = Dataset(store, config.schema, config.train.label_actions)
         store.close()
         with CheckpointFolder(config.train.checkpoint) as folder:
             report(config, *train(config, dataset, folder))
@@ -61,6 +74,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         refuse(PROG, str(error), status=1)
     except KeyboardInterrupt:
         refuse(PROG, "interrupted; run again to go on from the last finished epoch", status=130)
+
+
+def check_trainable(config: Config) -> None:
+    """Raise ValueError for labels that can't be made; warn of inputs that a store's events can't train."""
+    labels = config.train.label_actions
+    if missing := set(config.schema.tasks) - set(labels):
+        raise ValueError(f"train.label_actions lacks the tasks {sorted(missing)}")
+    if bad := {action for actions in labels.values() for action in actions if not 0 <= action < config.schema.actions}:
+        raise ValueError(f"train.label_actions names actions {sorted(bad)} outside [0, {config.schema.actions})")
+    if (rows := config.train.chunk * (1 + config.train.negatives)) > config.train.candidates:
+        raise ValueError(f"train.candidates is {config.train.candidates}, a chunk and its negatives take {rows}")
+    sent = any(feature.source == "request" for feature in config.schema.item_features)
+    if config.schema.context_features or sent or len(config.schema.scenarios) > 1:
+        print(
+            "warning: a store's events carry nothing that a request brings: the weights of context features, of item "
+            "features from the request and of scenarios beyond the first stay untrained",
+            file=sys.stderr,
+        )
 
 
 def cuts(config: Config, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
@@ -72,237 +103,96 @@ def cuts(config: Config, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
     return test, lengths
 
 
-def columns(dataset: Dataset, starts: np.ndarray, stops: np.ndarray, actions: Sequence[int]) -> Split:
-    """Flatten events [start, stop) of every user."""
-    users, items, labels = [], [], []
-    for number, ((_, record), start, stop) in enumerate(zip(dataset.users, starts, stops, strict=True)):
-        users.append(np.full(stop - start, number, np.int64))
-        items.append(record.history.item_ids[start:stop])
-        labels.append(np.isin(record.history.actions[start:stop], actions))
-    return Split(np.concatenate(users), np.concatenate(items), np.concatenate(labels))
+def columns(dataset: Dataset, starts: np.ndarray, stops: np.ndarray, negatives: Negatives | None) -> Slice:
+    """Flatten the candidates of events [start, stop) of every user, in the order of `predict`."""
+    parts = []
+    for user, (start, stop) in enumerate(zip(starts.tolist(), stops.tolist(), strict=True)):
+        items, labels = dataset.candidates(user, start, stop, negatives)
+        taken, counts = np.unique(dataset.users[user][1].history.item_ids[:start], return_counts=True)
+        at = np.minimum(np.searchsorted(taken, items), max(len(taken) - 1, 0))
+        before = np.where(taken[at] == items, counts[at], 0) if len(taken) else np.zeros(len(items), np.int64)
+        parts.append(Slice(np.full(len(items), user), items, labels > 0, before))
+    return Slice(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-def train(config: Config, dataset: Dataset, folder: CheckpointFolder) -> tuple[Split, dict[str, np.ndarray]]:
+def train(config: Config, dataset: Dataset, folder: CheckpointFolder) -> tuple[Slice, Scores]:
     """Train, resuming from the newest checkpoint.
 
     Returns:
-        The held-out slice, and probability per event of the model and of both baselines, by name.
+        The held-out slice, and the probabilities of the model and of the baselines.
     """
     settings = config.train
-    check_trainable(config)
     trained, ends = cuts(config, dataset)
-    if (widest := int((ends - trained).max(initial=0))) > settings.candidates:
-        raise ValueError(f"train.candidates is {settings.candidates}, a user has {widest} held-out events")
-    first_task = settings.label_actions[config.schema.tasks[0]]
-    past = columns(dataset, np.zeros_like(trained), trained, first_task)
-    held = columns(dataset, trained, ends, first_task)
-    bias_model = fit_bias_model(past.users, past.items, past.labels, regularisation_c=BIAS_MODEL_C)
+    sampler = NegativeSampler(dataset.histories(), settings.negative_period) if settings.negatives else None
 
-    vocabulary = Vocabulary(np.unique(past.items))
-    model = make_ranker(config.model, config.schema, vocabulary.rows, rngs=nnx.Rngs(settings.seed))
-    start_from_biases(model, vocabulary, bias_model)
+    def negatives(seed: int) -> Negatives | None:
+        return None if sampler is None else sampler.draw(settings.negatives, np.random.default_rng(seed))
+
+    # Half of the training events stand for the history, so that the baselines see repeats as the test has them.
+    past = columns(dataset, np.zeros_like(trained), trained, negatives(settings.seed))
+    newer = columns(dataset, trained // 2, trained, negatives(settings.seed))
+    held_out = negatives(HELD_OUT_SEED)
+    held = columns(dataset, trained, ends, held_out)
+
+    vocabularies = make_vocabularies(dataset, past.items)
+    model = make_ranker(config.model, config.schema, vocabularies.items.rows, rngs=nnx.Rngs(settings.seed))
+    fill_columns(model, dataset, vocabularies)
+    biases = [fit_bias_model(past.users, past.items, truth, regularisation_c=BIAS_MODEL_C) for truth in past.labels.T]
+    start_from_biases(model, vocabularies.items, biases)
     bucket = Bucket(settings.tokens, settings.candidates)
-    packer = Packer(dataset, vocabulary, config.layout, bucket, settings.label_actions)
-    fit(config, model, vocabulary, packer, trained, folder)
+    packer = Packer(dataset, vocabularies, config.layout, bucket)
+    fit(config, model, vocabularies, packer, trained, sampler, folder)
 
-    scores = predict(config, model, packer, trained, ends)
-    return held, {
-        "item mean": item_mean(past.items, past.labels, held.items, strength=ITEM_MEAN_STRENGTH),
-        "user + item": bias_model.predict(held.users, held.items),
-        config.model.name: scores,
-    }
+    scores = baselines(past, newer, held, biases)
+    return held, scores | {config.model.name: predict(config, model, packer, trained, ends, held_out)}
 
 
-def check_trainable(config: Config) -> None:
-    """Raise ValueError for labels that can't be made; warn of inputs that a store's events can't train."""
-    labels = config.train.label_actions
-    if missing := set(config.schema.tasks) - set(labels):
-        raise ValueError(f"train.label_actions lacks the tasks {sorted(missing)}")
-    if bad := {action for actions in labels.values() for action in actions if not 0 <= action < config.schema.actions}:
-        raise ValueError(f"train.label_actions names actions {sorted(bad)} outside [0, {config.schema.actions})")
-    if config.schema.context_features or len(config.schema.scenarios) > 1:
-        print(
-            "warning: a store's events carry no context and no scenario: the weights of schema.context_features and "
-            "of scenarios beyond the first stay untrained",
-            file=sys.stderr,
-        )
+def baselines(past: Slice, newer: Slice, held: Slice, biases: Sequence[BiasModel]) -> Scores:
+    """What the model has to beat, fitted task by task on the training events."""
+    by_task: dict[str, list[np.ndarray]] = {"item mean": [], "user + item": []}
+    for truth, bias_model in zip(past.labels.T, biases, strict=True):
+        by_task["item mean"].append(item_mean(past.items, truth, held.items, strength=ITEM_MEAN_STRENGTH))
+        by_task["user + item"].append(bias_model.predict(held.users, held.items))
+    if newer.before.any() and held.before.any():
+        by_task["times before"] = [fit_repeat_model(newer.before, t).predict(held.before) for t in newer.labels.T]
+    return {name: np.stack(columns, axis=1) for name, columns in by_task.items()}
 
 
-def start_from_biases(model: Ranker, vocabulary: Vocabulary, biases: BiasModel) -> None:
-    """Begin where the logistic model ends: its item biases and intercept, for the first task."""
-    item_bias = np.array(model.item_bias[...])
-    item_bias[vocabulary.lookup(biases.item.keys), 0] = biases.item.values
+def start_from_biases(model: Ranker, vocabulary: Vocabulary, biases: Sequence[BiasModel]) -> None:
+    """Begin where the logistic models end: with their item biases and intercepts, task by task."""
+    item_bias, logit_b = np.array(model.item_bias[...]), np.array(model.head["logit_b"][...])
+    for task, bias_model in enumerate(biases):
+        item_bias[vocabulary.lookup(bias_model.item.keys), task] = bias_model.item.values
+        logit_b[task] = bias_model.intercept
     item_bias[0] = 0.0
-    model.item_bias[...] = jnp.asarray(item_bias)
-    logit_b = np.array(model.head["logit_b"][...])
-    logit_b[0] = biases.intercept
-    model.head["logit_b"][...] = jnp.asarray(logit_b)
+    model.item_bias[...], model.head["logit_b"][...] = jnp.asarray(item_bias), jnp.asarray(logit_b)
 
 
-def fit(
-    config: Config,
-    model: Ranker,
-    vocabulary: Vocabulary,
-    packer: Packer,
-    trained: np.ndarray,
-    folder: CheckpointFolder,
-) -> None:
-    """Train `model` in place for the epochs that the newest checkpoint has not seen yet."""
-    settings = config.train
-    sample = partial(sample_examples, trained, chunk=settings.chunk, min_history=settings.min_history)
-    examples = sample(random=np.random.default_rng(settings.seed))
-    if not examples:
-        raise ValueError("no user has an event to train on")
-    steps = sum(1 for _ in packer.batches(examples))
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(
-            optax.cosine_onecycle_schedule(steps * settings.epochs, settings.learning_rate, pct_start=0.2),
-            weight_decay=settings.weight_decay,
-            mask=decayed,
-        ),
-    )
-    graph, weights = nnx.split(model)
-    state = optimizer.init(weights)
-    begun = 0
-    fixed = {
-        name: value for name, value in dataclasses.asdict(settings).items() if name not in ("checkpoint", "epochs")
-    }
-    if (checkpoint := folder.latest()) is not None:
-        checkpoint.check_fits(config.model, config.schema, folder.path)
-        check_resumable(checkpoint, fixed, vocabulary, folder.path)
-        load_weights(model, checkpoint.weights)
-        weights = nnx.state(model)
-        state = jax.tree.unflatten(jax.tree.structure(state), [jnp.asarray(leaf) for leaf in checkpoint.optimizer])
-        begun = checkpoint.step
-
-    if begun >= settings.epochs:
-        print(f"checkpoint {folder.path} has all {settings.epochs} epochs: nothing to train")
-        return
-    step = make_step(config, graph, optimizer, packer)
-    for epoch in range(begun, settings.epochs):
-        random = np.random.default_rng((settings.seed, epoch))
-        batches = list(packer.batches(sample(random=random)))
-        bar = tqdm(batches, desc=f"epoch {epoch + 1}/{settings.epochs}", unit="batch")
-        total, seen = 0.0, 0
-        key = jax.random.key(settings.seed * 1000 + epoch)
-        for number, batch in enumerate(bar):
-            weights, state, loss = step(weights, state, batch, jax.random.fold_in(key, number))
-            total, seen = total + float(loss), seen + 1
-            bar.set_postfix(loss=f"{total / seen:.4f}")
-        nnx.update(model, weights)
-        leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
-        weights_now = flat_weights(model)
-        folder.save(Checkpoint(epoch + 1, config.model, config.schema, vocabulary, weights_now, leaves, fixed))
-
-
-def check_resumable(checkpoint: Checkpoint, fixed: dict[str, Any], vocabulary: Vocabulary, path: Path) -> None:
-    """Raise CheckpointError, naming what differs, unless training may go on from a checkpoint."""
-    changed = [f"train.{name}" for name, value in fixed.items() if checkpoint.training.get(name) != value]
-    if not np.array_equal(checkpoint.vocabulary.keys, vocabulary.keys):
-        changed.append("the store's items")
-    if changed:
-        raise CheckpointError(
-            f"checkpoint {path} can't be resumed, for {', '.join(changed)} changed: remove the folder to train anew"
-        )
-
-
-def decayed(weights: Any) -> Any:
-    """Which weights decay: matrices and embedding tables, not biases, norms, temperatures."""
-    kept = ("_b", "_scale", "_shift", "temperature", "bias")
-
-    def decays(path: Any, _: Any) -> bool:
-        group, name = str(path[0].key), str(path[-2].key)
-        return group == "features" or not name.endswith(kept)
-
-    return jax.tree.map_with_path(decays, weights)
-
-
-def make_step(config: Config, graph: Any, optimizer: optax.GradientTransformation, packer: Packer) -> Any:
-    """Compile one step: (weights, optimiser state, batch, key) -> (weights, state, loss)."""
-    settings = config.train
-
-    def loss_of(weights: Any, words: jax.Array, labels: jax.Array, mask: jax.Array, key: jax.Array) -> jax.Array:
-        model = nnx.merge(graph, weights)
-        packed = unpack(words, packer.slot)
-        forget, key = jax.random.split(key)
-        unknown = jax.random.bernoulli(forget, settings.unknown_rate, packed["item"].shape)
-        packed["item"] = jnp.where(unknown, 0, packed["item"])
-        logits = model(
-            packed, layout=config.layout, candidates=settings.candidates, drop=Dropout(settings.dropout, key)
-        )
-        losses = optax.sigmoid_binary_cross_entropy(logits, labels).mean(axis=-1)
-        loss: jax.Array = (losses * mask).sum() / mask.sum()
-        return loss
-
-    @jax.jit
-    def step(weights: Any, state: Any, words: Any, labels: Any, mask: Any, key: jax.Array) -> Any:
-        loss, gradient = jax.value_and_grad(loss_of)(weights, words, labels, mask, key)
-        updates, state = optimizer.update(gradient, state, weights)
-        return optax.apply_updates(weights, updates), state, loss
-
-    def run(weights: Any, state: Any, batch: Batch, key: jax.Array) -> Any:
-        return step(weights, state, batch.words, batch.labels, batch.mask, key)
-
-    return run
-
-
-class Dropout:
-    """Inverted dropout; every call draws its own mask."""
-
-    def __init__(self, rate: float, key: jax.Array) -> None:
-        self._rate, self._key, self._calls = rate, key, 0
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Zero a share of x and scale the rest."""
-        if not self._rate:
-            return x
-        self._calls += 1
-        keep = jax.random.bernoulli(jax.random.fold_in(self._key, self._calls), 1 - self._rate, x.shape)
-        kept: jax.Array = jnp.where(keep, x / (1 - self._rate), 0)
-        return kept.astype(x.dtype)
-
-
-def predict(config: Config, model: Ranker, packer: Packer, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
-    """float64[n] probabilities of the first task for events [start, stop) of every user, in order."""
-    graph, weights = nnx.split(model)
-
-    @jax.jit
-    def forward(weights: Any, words: jax.Array) -> jax.Array:
-        logits = nnx.merge(graph, weights)(
-            unpack(words, packer.slot), layout=config.layout, candidates=config.train.candidates
-        )
-        return jax.nn.sigmoid(logits[:, 0])
-
-    offsets = np.concatenate([[0], np.cumsum(stops - starts)])
-    out = np.full(offsets[-1], np.nan)
-    examples = [Example(user, int(a), int(b)) for user, (a, b) in enumerate(zip(starts, stops, strict=True)) if a < b]
-    for batch in packer.batches(examples):
-        scores = np.asarray(forward(weights, batch.words))
-        for example, first in batch.examples:
-            count = example.stop - example.start
-            out[offsets[example.user] : offsets[example.user] + count] = scores[first : first + count]
-    return out
-
-
-def report(config: Config, held: Split, scores: dict[str, np.ndarray]) -> dict[str, Quality]:
-    """Print the table, warn of a miss, and save the figures beside the checkpoint."""
-    rows = {name: evaluate(held.users, held.labels, p) for name, p in scores.items()}
-    print(table(rows))
+def report(config: Config, held: Slice, scores: Scores) -> dict[str, Any]:
+    """Print a table for each task, warn of a miss, and save the figures beside the checkpoint."""
     ours = config.model.name
-    figures: dict[str, Any] = {"slice": "validation" if config.train.validation else "test"}
-    figures["models"] = {name: dataclasses.asdict(quality) for name, quality in rows.items()}
-    figures["user_auc_difference"] = {}
-    for name in rows:
-        if name == ours:
-            continue
-        mean, low, high = difference_interval(held.users, held.labels, scores[ours], scores[name])
-        figures["user_auc_difference"][name] = [mean, low, high]
-        print(f"per-user AUC, {ours} minus {name}: {mean:+.4f} (95 % interval {low:+.4f} .. {high:+.4f})")
-        if rows[ours].auc <= rows[name].auc or high < 0:
-            print(f"warning: {ours} does not beat {name} in this run")
+    figures: dict[str, Any] = {"slice": "validation" if config.train.validation else "test", "tasks": {}}
+    for task, name in enumerate(config.schema.tasks):
+        truth = held.labels[:, task]
+        rows = {model: evaluate(held.users, truth, p[:, task]) for model, p in scores.items()}
+        differences = {}
+        if len(config.schema.tasks) > 1:
+            print(f"task {name}")
+        print(table(rows))
+        for other in rows:
+            if other == ours:
+                continue
+            mean, low, high = difference_interval(held.users, truth, scores[ours][:, task], scores[other][:, task])
+            differences[other] = [mean, low, high]
+            print(f"per-user AUC, {ours} minus {other}: {mean:+.4f} (95 % interval {low:+.4f} .. {high:+.4f})")
+            if rows[ours].auc <= rows[other].auc or high < 0:
+                print(f"warning: {ours} does not beat {other} in this run")
+        figures["tasks"][name] = {
+            "models": {model: dataclasses.asdict(quality) for model, quality in rows.items()},
+            "user_auc_difference": differences,
+        }
     (Path(config.train.checkpoint) / "quality.json").write_text(json.dumps(figures, indent=1) + "\n")
-    return rows
+    return figures
 
 
 if __name__ == "__main__":

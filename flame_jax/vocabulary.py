@@ -1,11 +1,15 @@
-"""External int64 item ids to embedding rows."""
+"""External int64 ids, of items and of id features, to embedding rows."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+
+from flame_jax.schema import FeatureSchema, feature_field
 
 UNKNOWN_ROW = 0
 
@@ -34,11 +38,17 @@ class Vocabulary:
         return len(self.keys) + 1
 
     def lookup(self, ids: np.ndarray) -> np.ndarray:
-        """int64[n] ids -> int32[n] rows; compared as 64-bit integers, unknown ids give row 0."""
+        """int64[...] ids -> int32[...] rows; compared as 64-bit integers, unknown ids give row 0."""
         if not len(self.keys):
-            return np.zeros(len(ids), np.int32)
+            return np.zeros(np.shape(ids), np.int32)
         at = np.minimum(np.searchsorted(self.keys, ids), len(self.keys) - 1)
         return np.where(self.keys[at] == ids, at + 1, UNKNOWN_ROW).astype(np.int32)
+
+    @classmethod
+    def of_most_frequent(cls, keys: np.ndarray, size: int) -> Vocabulary:
+        """The `size` most frequent of int64[n] keys that are not negative; of equally frequent ones the smaller."""
+        ids, counts = np.unique(keys[keys >= 0], return_counts=True)
+        return cls(ids[np.argsort(-counts, kind="stable")[:size]])
 
     def save(self, path: Path) -> None:
         """Write the ids as a .npy file."""
@@ -54,3 +64,26 @@ class Vocabulary:
         if not isinstance(keys, np.ndarray) or keys.dtype != np.int64:
             raise ValueError("vocabulary does not hold int64 ids")
         return cls(keys)
+
+
+class Vocabularies(NamedTuple):
+    """Every vocabulary of one model.
+
+    Attributes:
+        items: item ids.
+        features: keys of each `id` feature, by its full name (`schema.feature_field`).
+    """
+
+    items: Vocabulary
+    features: Mapping[str, Vocabulary]
+
+    def check(self, schema: FeatureSchema) -> None:
+        """Raise ValueError unless there is one, within its size, for each `id` feature and for nothing else."""
+        sizes = {feature_field(group, f): f.size for group, f in schema.features if f.kind == "id"}
+        if set(sizes) != set(self.features):
+            raise ValueError(f"vocabularies of {sorted(self.features)} do not fit id features {sorted(sizes)}")
+        for name, size in sizes.items():
+            if len(self.features[name].keys) > size:
+                raise ValueError(
+                    f"the vocabulary of {name} has {len(self.features[name].keys)} ids, its size is {size}"
+                )

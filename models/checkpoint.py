@@ -13,7 +13,7 @@ from orbax.checkpoint import v1 as ocp
 
 from flame_jax.config import ModelConfig
 from flame_jax.schema import FeatureSchema
-from flame_jax.vocabulary import Vocabulary
+from flame_jax.vocabulary import Vocabularies, Vocabulary
 
 KEEP = 2
 
@@ -28,7 +28,8 @@ class Checkpoint:
 
     Attributes:
         step: training step (epoch) it was saved at.
-        weights: name -> float32 array (docs/models.md).
+        vocabularies: of items and id features.
+        weights: name -> array (docs/models.md), float32 but for the columns of item features.
         optimizer: leaves of the optimiser's state, in its own order.
         training: what decides which events it was trained on, for resuming.
     """
@@ -36,7 +37,7 @@ class Checkpoint:
     step: int
     model: ModelConfig
     schema: FeatureSchema
-    vocabulary: Vocabulary
+    vocabularies: Vocabularies
     weights: Mapping[str, np.ndarray]
     optimizer: Sequence[np.ndarray]
     training: Mapping[str, Any] = field(default_factory=dict)
@@ -77,7 +78,8 @@ class CheckpointFolder:
             {
                 "weights": dict(checkpoint.weights),
                 "optimizer": list(checkpoint.optimizer),
-                "vocabulary": checkpoint.vocabulary.keys,
+                "vocabulary": checkpoint.vocabularies.items.keys,
+                "feature_vocabularies": {n: v.keys for n, v in checkpoint.vocabularies.features.items()},
             },
             custom_metadata={
                 "model": asdict(checkpoint.model),
@@ -94,11 +96,15 @@ class CheckpointFolder:
         try:
             tree: Any = self._orbax.load(newest)
             about: Any = self._orbax.metadata(newest).custom_metadata
+            schema = FeatureSchema.from_json(about["schema"])
+            named = {name: Vocabulary(keys) for name, keys in tree["feature_vocabularies"].items()}
+            vocabularies = Vocabularies(Vocabulary(tree["vocabulary"]), named)
+            vocabularies.check(schema)
             return Checkpoint(
                 step=newest.step,
                 model=ModelConfig.from_json(about["model"]),
-                schema=FeatureSchema.from_json(about["schema"]),
-                vocabulary=Vocabulary(tree["vocabulary"]),
+                schema=schema,
+                vocabularies=vocabularies,
                 weights=tree["weights"],
                 optimizer=tree["optimizer"],
                 training=about["training"],

@@ -13,7 +13,6 @@ from flame_jax.config import ModelConfig
 from flame_jax.models.layers import Drop, Weights, linear, post_norm_layer
 from flame_jax.models.params import Param, constant, normal
 from flame_jax.models.ranker import Packed, Ranker
-from flame_jax.pallas_kernels.sumi_attention.api import sumi_attention
 from flame_jax.pallas_kernels.sumi_attention.types import LogBias, Softmax
 from flame_jax.schema import FeatureSchema
 
@@ -48,14 +47,9 @@ class Climber(Ranker):
         depth = self.config.layers
         for index in range(depth):
             weights = {name: leaf[...][index] for name, leaf in self.layers.items()}
-            attention = partial(
-                sumi_attention,
-                rows=packed.rows,
-                time=packed.time,
-                activation=Softmax(self._temperature(weights, (len(self.schema.blocks),))),
+            attention = packed.attention(
+                Softmax(self._temperature(weights, (len(self.schema.blocks),))),
                 bias=LogBias(weights["bias"]) if "bias" in weights else None,
-                align=packed.align,
-                window=packed.window,
             )
             first = packed.first_candidate if index == depth - 1 else 0
             x = post_norm_layer(x, weights, attention, heads=self.config.heads, first=first, drop=drop)

@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flame_jax.models.params import Param, normal
-from flame_jax.packing import feature_field
+from flame_jax.models.params import Column, Param, normal
 from flame_jax.pallas_kernels.segments import Tiles
-from flame_jax.schema import Feature, FeatureSchema
+from flame_jax.schema import Feature, FeatureSchema, feature_field
 
 EMBEDDING_SCALE = 0.05
 
 
-def schema_features(schema: FeatureSchema) -> Iterator[tuple[str, Feature]]:
-    """Every side feature with its group, in slot order."""
-    for group in ("item", "user", "context"):
-        for feature in getattr(schema, f"{group}_features"):
-            yield group, feature
-
-
 def feature_tables(rngs: nnx.Rngs, schema: FeatureSchema, width: int) -> nnx.Dict[Param]:
-    """One table per side feature: [size, d], [1, d] for a numeric one."""
+    """One embedding table per side feature, [rows, d] (see `Feature.rows`)."""
+    return nnx.Dict(
+        {feature_field(group, f): normal(rngs, (f.rows, width), EMBEDDING_SCALE) for group, f in schema.features}
+    )
+
+
+def value_columns(schema: FeatureSchema, vocabulary: int) -> nnx.Dict[Column]:
+    """Values by item row, [vocabulary], of each item feature whose source is `table`; zeros at first."""
     return nnx.Dict(
         {
-            feature_field(group, f): normal(rngs, (1 if f.kind == "numeric" else f.size, width), EMBEDDING_SCALE)
-            for group, f in schema_features(schema)
+            feature_field("item", f): Column(jnp.zeros(vocabulary, f.dtype))
+            for f in schema.item_features
+            if f.source == "table"
         }
     )
 
@@ -37,6 +35,7 @@ def embed_tokens(
     item: Param,
     action: Param,
     features: nnx.Dict[Param],
+    columns: nnx.Dict[Column],
     schema: FeatureSchema,
     packed: dict[str, jax.Array],
     tail: Tiles,
@@ -54,35 +53,44 @@ def embed_tokens(
     candidates = len(tail.start) * align
     extra = jnp.zeros((candidates, x.shape[-1]), x.dtype)
     request = jnp.repeat(tail.request, align, total_repeat_length=candidates)
-    for group, feature in schema_features(schema):
+    item_rows = candidate_items(packed, candidates)
+    for group, feature in schema.features:
         name = feature_field(group, feature)
-        embedded = embed_feature(feature, features[name][...], packed[name])
+        values = columns[name][...][item_rows] if name in columns else packed[name]
+        embedded = embed_feature(feature, features[name][...], values)
         extra += embedded if group == "item" else embedded[request]
     is_history = jnp.repeat(tail.is_history, align, total_repeat_length=candidates)
     extra = jnp.where(is_history[:, None], 0.0, extra)
     return x.at[:, x.shape[1] - candidates :].add(extra)
 
 
+def candidate_items(packed: dict[str, jax.Array], candidates: int) -> jax.Array:
+    """int32[candidates]: item rows of the candidate part of the token axis."""
+    # Candidates have an item, but a row of the history that lies in the candidate part may have none.
+    return jnp.maximum(packed["item"][0, -candidates:], 0)
+
+
 def _rows_or_none(table: jax.Array, rows: jax.Array, schema: FeatureSchema) -> jax.Array:
-    """table[rows]; where events are interleaved, row -1 stands for nothing and embeds as zeros."""
+    """float32 table[rows]; where events are interleaved, row -1 stands for nothing and embeds as zeros."""
     if not schema.interleave:
-        return table[rows]
-    return jnp.where(rows[..., None] < 0, 0.0, table[jnp.maximum(rows, 0)])
+        return table[rows].astype(jnp.float32)
+    return jnp.where(rows[..., None] < 0, 0.0, table[jnp.maximum(rows, 0)].astype(jnp.float32))
 
 
 def embed_feature(feature: Feature, table: jax.Array, value: jax.Array) -> jax.Array:
     """Embed one side feature.
 
     Args:
-        table: [size, d]; [1, d] for a numeric feature.
+        table: [rows, d], float32 or bfloat16.
         value: [n], int32, or float32 for a numeric feature.
 
     Returns:
-        [n, d] in the table's dtype.
+        float32[n, d].
     """
-    if feature.kind == "categorical":
-        return table[value]
+    if feature.kind in ("categorical", "id"):
+        return table[value].astype(jnp.float32)
+    table = table.astype(jnp.float32)
     if feature.kind == "bits":
         bits = (value[:, None] >> jnp.arange(feature.size, dtype=jnp.int32)) & 1
-        return bits.astype(table.dtype) @ table
-    return value[:, None].astype(table.dtype) * table
+        return bits.astype(jnp.float32) @ table
+    return value[:, None] * table

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -17,7 +15,6 @@ from flame_jax.models.one_block import OneBlockRanker
 from flame_jax.models.params import normal
 from flame_jax.models.positions import query_times
 from flame_jax.models.ranker import Packed
-from flame_jax.pallas_kernels.sumi_attention.api import sumi_attention
 from flame_jax.pallas_kernels.sumi_attention.types import Silu, TableBias
 from flame_jax.pallas_kernels.time_buckets import sqrt_bucket
 from flame_jax.schema import FeatureSchema
@@ -61,13 +58,8 @@ class Hstu(OneBlockRanker):
 
     def _attention(self, weights: Weights, packed: Packed) -> Attention:
         research = self.config.hstu.variant == "research"
-        return partial(
-            sumi_attention,
-            rows=packed.rows,
-            time=packed.time,
-            activation=Silu(1.0 if research else self.config.head_dim**-0.5, self.config.hstu.attention_divisor),
+        return packed.attention(
+            Silu(1.0 if research else self.config.head_dim**-0.5, self.config.hstu.attention_divisor),
             bias=TableBias(weights["pos"], weights["ts"]) if research else None,
             causal=True,
-            align=packed.align,
-            window=packed.window,
         )

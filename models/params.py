@@ -1,4 +1,4 @@
-"""Making and checking weights: every model is a tree of float32 `nnx.Param`s."""
+"""Making and checking weights: a model is a tree of float32 `nnx.Param`s, and of `Column`s that are not trained."""
 
 from __future__ import annotations
 
@@ -10,6 +10,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 Param = nnx.Param[jax.Array]
+
+
+class Column(nnx.Variable[jax.Array]):
+    """Values of an item feature by item row: they belong to the model, and training leaves them alone."""
+
+
+WEIGHTS = (nnx.Param, Column)
+"""What a model's flat list of weights is made of (an `nnx` filter)."""
 
 
 def misfits(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, Any]) -> list[str]:

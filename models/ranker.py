@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -10,12 +11,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flame_jax.config import ModelConfig
-from flame_jax.models.embeddings import EMBEDDING_SCALE, embed_tokens, feature_tables
+from flame_jax.models.embeddings import EMBEDDING_SCALE, candidate_items, embed_tokens, feature_tables, value_columns
 from flame_jax.models.heads import expert_head, head_weights
-from flame_jax.models.layers import Drop, keep
+from flame_jax.models.layers import Attention, Drop, keep
 from flame_jax.models.params import constant, normal
 from flame_jax.packing import Layout
 from flame_jax.pallas_kernels.segments import Tiles, tiles
+from flame_jax.pallas_kernels.sumi_attention.api import sumi_attention
+from flame_jax.pallas_kernels.sumi_attention.types import Activation, Bias
 from flame_jax.schema import FeatureSchema
 
 
@@ -29,6 +32,7 @@ class Packed(NamedTuple):
         candidates: candidate rows of the bucket (C_max).
         align: the layout's alignment.
         window: rows of the longest history.
+        tiles_at_once: see `sumi_attention`.
     """
 
     rows: jax.Array
@@ -37,11 +41,26 @@ class Packed(NamedTuple):
     candidates: int
     align: int
     window: int
+    tiles_at_once: int
 
     @property
     def first_candidate(self) -> int:
         """First candidate row of the bucket."""
         return int(self.time.shape[1]) - self.candidates
+
+    def attention(self, activation: Activation, *, bias: Bias | None = None, causal: bool = False) -> Attention:
+        """`sumi_attention` of this batch, as layers take it."""
+        return partial(
+            sumi_attention,
+            rows=self.rows,
+            time=self.time,
+            activation=activation,
+            bias=bias,
+            causal=causal,
+            align=self.align,
+            window=self.window,
+            tiles_at_once=self.tiles_at_once,
+        )
 
     def per_candidate(self, per_tile: jax.Array) -> jax.Array:
         """[tiles, ...] -> [C_max, ...]."""
@@ -64,6 +83,7 @@ class Ranker(nnx.Module, abc.ABC):
         self.action = normal(rngs, (schema.actions + 1, config.width), EMBEDDING_SCALE)
         self.item_bias = constant((vocabulary, len(schema.tasks)), 0.0)
         self.features = feature_tables(rngs, schema, config.width)
+        self.columns = value_columns(schema, vocabulary)
         self.head = head_weights(rngs, config.head, outputs, len(schema.tasks))
 
     @abc.abstractmethod
@@ -71,7 +91,13 @@ class Ranker(nnx.Module, abc.ABC):
         """Token embeddings [blocks, T, d] -> [C_max, outputs]."""
 
     def __call__(
-        self, fields: dict[str, jax.Array], *, layout: Layout, candidates: int, drop: Drop = keep
+        self,
+        fields: dict[str, jax.Array],
+        *,
+        layout: Layout,
+        candidates: int,
+        drop: Drop = keep,
+        tiles_at_once: int = 1,
     ) -> jax.Array:
         """Logits of the candidate rows of a packed batch.
 
@@ -79,6 +105,7 @@ class Ranker(nnx.Module, abc.ABC):
             fields: the fields of a slot, see `flame_jax.packing.slot_layout`.
             candidates: candidate rows of the bucket (C_max), the last rows of the token axis.
             drop: dropout, when training.
+            tiles_at_once: see `sumi_attention`.
 
         Returns:
             float32[candidates, tasks]; rows without a candidate are finite and mean nothing.
@@ -86,10 +113,8 @@ class Ranker(nnx.Module, abc.ABC):
         tokens = fields["item"].shape[1]
         tail = tiles(fields["rows"], align=layout.align, first=tokens - candidates, last=tokens)
         window = min(layout.aligned(self.schema.history_rows), tokens)
-        packed = Packed(fields["rows"], fields["time"], tail, candidates, layout.align, window)
-        x = embed_tokens(self.item, self.action, self.features, self.schema, fields, tail, layout.align)
+        packed = Packed(fields["rows"], fields["time"], tail, candidates, layout.align, window, tiles_at_once)
+        x = embed_tokens(self.item, self.action, self.features, self.columns, self.schema, fields, tail, layout.align)
         y = self.represent(drop(x.astype(jnp.dtype(self.config.dtype))), packed, drop)
         logits = expert_head({name: leaf[...] for name, leaf in self.head.items()}, y)
-        # Candidates have an item, but a row of the history that lies in the candidate part may have none.
-        item = jnp.maximum(fields["item"][0, tokens - candidates :], 0)
-        return logits + self.item_bias[...][item]
+        return logits + self.item_bias[...][candidate_items(fields, candidates)]

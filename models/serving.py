@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from flame_jax.config import ModelConfig
-from flame_jax.models.params import misfits
+from flame_jax.models.params import WEIGHTS, misfits
 from flame_jax.models.ranker import Ranker
 from flame_jax.models.registry import make_ranker
 from flame_jax.packing import Layout, SlotLayout
@@ -25,13 +25,13 @@ def flat_weights(model: nnx.Module) -> dict[str, np.ndarray]:
     return {name: np.asarray(leaf[...]) for name, leaf in _named(model)}
 
 
-def flat_weights_shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
-    """Name -> shape, in the order of the flat list."""
-    return {name: tuple(leaf.shape) for name, leaf in _named(model)}
+def weight_specs(model: nnx.Module) -> dict[str, jax.ShapeDtypeStruct]:
+    """Name -> shape and dtype, in the order of the flat list."""
+    return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in _named(model)}
 
 
 def _named(model: nnx.Module) -> list[tuple[str, Any]]:
-    return [(_name(path), leaf) for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))]
+    return [(_name(path), leaf) for path, leaf in nnx.to_flat_state(nnx.state(model, WEIGHTS))]
 
 
 def _name(path: Iterable[Any]) -> str:
@@ -39,22 +39,36 @@ def _name(path: Iterable[Any]) -> str:
 
 
 def abstract_model(config: ModelConfig, schema: FeatureSchema, vocabulary: int) -> Ranker:
-    """The model with shapes in place of weights."""
+    """The model as it is trained, with shapes in place of weights."""
     return nnx.eval_shape(lambda: make_ranker(config, schema, vocabulary, rngs=nnx.Rngs(0)))
 
 
-def check_weights(model: nnx.Module, weights: Mapping[str, Any]) -> None:
-    """Compare names and shapes with the model's.
+def served_specs(config: ModelConfig, schema: FeatureSchema, vocabulary: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Name -> shape and dtype of the model as it is served: embedding tables in `model.table_dtype`."""
+    specs = weight_specs(abstract_model(config, schema, vocabulary))
+    return {name: jax.ShapeDtypeStruct(s.shape, _served_dtype(config, name, s.dtype)) for name, s in specs.items()}
+
+
+def served_weights(config: ModelConfig, weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Trained weights as they are served, see `served_specs`."""
+    return {name: np.asarray(w).astype(_served_dtype(config, name, w.dtype)) for name, w in weights.items()}
+
+
+def _served_dtype(config: ModelConfig, name: str, dtype: Any) -> Any:
+    return jnp.dtype(config.table_dtype) if name == "item" or name.startswith("features/") else dtype
+
+
+def check_weights(expected: Mapping[str, jax.ShapeDtypeStruct], weights: Mapping[str, Any]) -> None:
+    """Compare names, shapes and dtypes with `weight_specs` or `served_specs`.
 
     Raises:
         ValueError: naming every missing, extra and misshapen weight.
     """
-    expected = flat_weights_shapes(model)
-    problems = misfits(expected, weights)
+    problems = misfits({name: tuple(spec.shape) for name, spec in expected.items()}, weights)
     problems += [
-        f"{name} is {weights[name].dtype}, expected float32"
-        for name in expected
-        if name in weights and weights[name].dtype != np.float32
+        f"{name} is {weights[name].dtype}, expected {spec.dtype}"
+        for name, spec in expected.items()
+        if name in weights and weights[name].dtype != spec.dtype
     ]
     if problems:
         raise ValueError("weights do not fit the model: " + "; ".join(problems))
@@ -62,8 +76,8 @@ def check_weights(model: nnx.Module, weights: Mapping[str, Any]) -> None:
 
 def load_weights(model: nnx.Module, weights: Mapping[str, Any]) -> None:
     """Put weights into a model. Raises ValueError, and changes nothing, when they do not fit."""
-    check_weights(model, weights)
-    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    check_weights(weight_specs(model), weights)
+    flat = nnx.to_flat_state(nnx.state(model, WEIGHTS))
     loaded = [(path, leaf.replace(jnp.asarray(weights[_name(path)]))) for path, leaf in flat]
     nnx.update(model, nnx.from_flat_state(loaded))
 
@@ -83,7 +97,7 @@ def rank_function(
     config: ModelConfig, schema: FeatureSchema, layout: Layout, slot: SlotLayout, vocabulary: int
 ) -> RankFunction:
     """`rank(weights, slot int32[words]) -> float32[C_max, tasks]`, the probability of every candidate row."""
-    graph, state = nnx.split(abstract_model(config, schema, vocabulary))
+    graph, state = nnx.split(abstract_model(config, schema, vocabulary), WEIGHTS)
     flat = nnx.to_flat_state(state)
 
     def rank(weights: Sequence[jax.Array], words: jax.Array) -> jax.Array:

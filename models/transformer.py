@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -13,7 +11,6 @@ from flame_jax.models.climber import layer_weights
 from flame_jax.models.layers import Drop, layer_norm, linear, merge_heads, split_heads
 from flame_jax.models.one_block import OneBlockRanker
 from flame_jax.models.ranker import Packed
-from flame_jax.pallas_kernels.sumi_attention.api import sumi_attention
 from flame_jax.pallas_kernels.sumi_attention.types import Softmax
 from flame_jax.schema import FeatureSchema
 
@@ -30,14 +27,7 @@ class Transformer(OneBlockRanker):
         config = self.config
         x = self.add_positions(x, packed)
         temperature = jnp.full((1, len(self.schema.scenarios), config.heads), config.head_dim**0.5)
-        attention = partial(
-            sumi_attention,
-            rows=packed.rows,
-            time=packed.time,
-            activation=Softmax(temperature),
-            align=packed.align,
-            window=packed.window,
-        )
+        attention = packed.attention(Softmax(temperature))
         for index in range(config.layers):
             w = {name: leaf[...][index] for name, leaf in self.layers.items()}
             first = packed.first_candidate if index == config.layers - 1 else 0

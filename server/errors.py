@@ -29,6 +29,11 @@ class Fault(Enum):
     UNKNOWN_TRAFFIC_CLASS = (_INVALID, "traffic_class is not one of server.traffic_classes")
     UNKNOWN_TASK = (_INVALID, "tasks must be distinct tasks of the model")
     BAD_CONTEXT = (_INVALID, "context has an unknown feature or a value outside its feature's range")
+    BAD_ITEM_FEATURES = (
+        _INVALID,
+        "item_features must name item features that come with the request, each with one float32 (numeric) or int64 "
+        "value per candidate, in its feature's range",
+    )
     BAD_TOP_K = (_INVALID, "top_k must not exceed server.max_candidates")
     UNKNOWN_ITEM = (_INVALID, "a candidate is not in the vocabulary and server.strict_ids is set")
     UNKNOWN_USER = (grpc.StatusCode.NOT_FOUND, "the store has no such user and server.strict_ids is set")

@@ -154,7 +154,8 @@ class RankingService:
 
     async def _features(self, request: RankRequest) -> Assembled:
         try:
-            fetched = await self._store.fetch(request.user, request.candidates)
+            wanted = request.candidates if self._schema.fetches_items else request.candidates[:0]
+            fetched = await self._store.fetch(request.user, wanted)
         except StoreError:
             log.exception("the store failed")
             raise RankError(Fault.STORE_UNAVAILABLE) from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from google.protobuf.message import DecodeError
@@ -25,6 +25,7 @@ class Validator:
 
     def __init__(self, schema: FeatureSchema, model: str, version: str, config: ServerConfig) -> None:
         self._schema, self._model, self._version, self._config = schema, model, version, config
+        self._sent = {f.name: f for f in schema.item_features if f.source == "request"}
 
     def parse(self, message: bytes) -> tuple[RankRequest, str]:
         """The request and its request id. Raises RankError."""
@@ -50,6 +51,7 @@ class Validator:
             request_time=request_time,
             history=history,
             context=self._context(wire),
+            item_features=self._item_features(wire.item_features, len(candidates)),
             tasks=self._tasks(wire.tasks),
             top_k=min(wire.top_k, len(candidates)),
         )
@@ -93,6 +95,18 @@ class Validator:
         except (ValueError, OverflowError):
             raise RankError(Fault.BAD_CONTEXT) from None
         return values
+
+    def _item_features(self, sent: Mapping[str, bytes], count: int) -> dict[str, np.ndarray]:
+        _require(len(sent) <= len(self._sent) and set(sent) <= set(self._sent), Fault.BAD_ITEM_FEATURES)
+        columns = {}
+        for name, raw in sent.items():
+            feature = self._sent[name]
+            wire_dtype = np.dtype("<f4" if feature.kind == "numeric" else "<i8")
+            _require(len(raw) == count * wire_dtype.itemsize, Fault.BAD_ITEM_FEATURES)
+            values = np.frombuffer(raw, wire_dtype)
+            _require(feature.fits(values), Fault.BAD_ITEM_FEATURES)
+            columns[name] = values.astype(feature.stored_dtype)
+        return columns
 
     def _tasks(self, names: Sequence[str]) -> tuple[int, ...]:
         known = self._schema.tasks

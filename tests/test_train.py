@@ -17,9 +17,7 @@ import pytest
 from flax import nnx
 
 from flame_jax import train as module
-from flame_jax.baselines import Biases, BiasModel, item_mean
 from flame_jax.config import Config
-from flame_jax.examples import Dataset, Packer, split_points
 from flame_jax.models.checkpoint import Checkpoint, CheckpointError, CheckpointFolder, load_checkpoint
 from flame_jax.models.climber import Climber
 from flame_jax.models.serving import load_weights
@@ -27,6 +25,8 @@ from flame_jax.packing import Bucket
 from flame_jax.pda.lmdb_store import LmdbStore
 from flame_jax.request import History
 from flame_jax.train import Split, cuts, main, report, train
+from flame_jax.training.baselines import Biases, BiasModel, item_mean
+from flame_jax.training.examples import Dataset, Packer, split_points
 from tests import tiny
 
 

@@ -1,4 +1,4 @@
-"""What is served, as a folder: manifest, weights, vocabulary, one executable per bucket.
+"""What is served, as a folder: manifest, weights, vocabularies, one executable per bucket.
 
 Every file but the manifest is read whole and hashed before a byte of it is parsed.
 """
@@ -23,11 +23,11 @@ import safetensors.numpy
 from flame_jax.config import ModelConfig
 from flame_jax.fke.buckets import Ladder, make_ladder
 from flame_jax.packing import Bucket, Layout
-from flame_jax.schema import FeatureSchema
-from flame_jax.vocabulary import Vocabulary
+from flame_jax.schema import FeatureSchema, feature_field
+from flame_jax.vocabulary import Vocabularies, Vocabulary
 
 FORMAT = 1
-MANIFEST, WEIGHTS, VOCABULARY = "manifest.json", "weights.safetensors", "vocabulary.npy"
+MANIFEST, WEIGHTS = "manifest.json", "weights.safetensors"
 
 
 class ArtifactError(Exception):
@@ -94,6 +94,11 @@ def executable_name(bucket: Bucket) -> str:
     return f"{bucket}.executable"
 
 
+def vocabulary_name(feature: str = "") -> str:
+    """File name of an id feature's vocabulary, or of the items'."""
+    return f"vocabulary.{feature}.npy" if feature else "vocabulary.npy"
+
+
 def jaxlib_version() -> str:
     """Version of the installed jaxlib."""
     return importlib.metadata.version("jaxlib")
@@ -110,7 +115,7 @@ def write_artifact(
     matmul_precision: str,
     kernels: Mapping[str, str],
     weights: Mapping[str, np.ndarray],
-    vocabulary: Vocabulary,
+    vocabularies: Vocabularies,
     executables: Mapping[Bucket, bytes],
 ) -> Manifest:
     """Write an artifact beside `path`, then put it there in one rename; an older one there is replaced."""
@@ -121,7 +126,9 @@ def write_artifact(
     partial.mkdir()
     try:
         safetensors.numpy.save_file({name: np.ascontiguousarray(w) for name, w in weights.items()}, partial / WEIGHTS)
-        vocabulary.save(partial / VOCABULARY)
+        vocabularies.items.save(partial / vocabulary_name())
+        for feature, vocabulary in vocabularies.features.items():
+            vocabulary.save(partial / vocabulary_name(feature))
         for bucket, payload in executables.items():
             (partial / executable_name(bucket)).write_bytes(payload)
         manifest = Manifest(
@@ -209,9 +216,15 @@ class Artifact:
         except safetensors.SafetensorError as error:
             raise ArtifactError(f"artifact {self.path} has unreadable weights: {error}") from error
 
-    def vocabulary(self) -> Vocabulary:
-        """The item vocabulary."""
+    def vocabularies(self) -> Vocabularies:
+        """The vocabularies of items and of every id feature."""
         try:
-            return Vocabulary.from_bytes(self.read(VOCABULARY))
+            named = [feature_field(group, f) for group, f in self.manifest.schema.features if f.kind == "id"]
+            vocabularies = Vocabularies(
+                Vocabulary.from_bytes(self.read(vocabulary_name())),
+                {name: Vocabulary.from_bytes(self.read(vocabulary_name(name))) for name in named},
+            )
+            vocabularies.check(self.manifest.schema)
         except ValueError as error:
             raise ArtifactError(f"artifact {self.path} has an unreadable vocabulary: {error}") from error
+        return vocabularies

@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import serialize_executable
 
 from flame_jax.config import ModelConfig
-from flame_jax.models.serving import abstract_model, flat_weights_shapes, rank_function
+from flame_jax.models.serving import rank_function, served_specs
 from flame_jax.packing import Bucket, Layout, slot_layout
 from flame_jax.schema import FeatureSchema
 
@@ -72,8 +72,8 @@ def compile_bucket(
     slot = slot_layout(schema, layout, bucket)
     sharding = jax.sharding.SingleDeviceSharding(device)
     weights = [
-        jax.ShapeDtypeStruct(shape, np.float32, sharding=sharding)
-        for shape in flat_weights_shapes(abstract_model(model, schema, vocabulary)).values()
+        jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding)
+        for spec in served_specs(model, schema, vocabulary).values()
     ]
     words = jax.ShapeDtypeStruct((slot.words,), np.int32, sharding=sharding)
     function = rank_function(model, schema, layout, slot, vocabulary)

@@ -9,7 +9,7 @@ import numpy as np
 
 from flame_jax.fke.artifact import Artifact, ArtifactError, executable_name
 from flame_jax.fke.compile import deserialize, platform_of
-from flame_jax.models.serving import abstract_model, check_weights, flat_weights_shapes
+from flame_jax.models.serving import check_weights, served_specs
 from flame_jax.packing import Bucket, slot_layout
 
 WARM_RUNS = 3
@@ -27,15 +27,15 @@ class Engine:
         manifest = artifact.manifest
         artifact.check_target(platform_of(device), device.device_kind)
         self.manifest = manifest
-        self.vocabulary = artifact.vocabulary()
+        self.vocabularies = artifact.vocabularies()
         host = artifact.weights()
         try:
-            model = abstract_model(manifest.model, manifest.schema, self.vocabulary.rows)
-            check_weights(model, host)
+            specs = served_specs(manifest.model, manifest.schema, self.vocabularies.items.rows)
+            check_weights(specs, host)
         except (TypeError, ValueError) as error:
             raise ArtifactError(f"artifact {artifact.path}: {error}") from error
         self.slots = {b: slot_layout(manifest.schema, manifest.layout, b) for b in manifest.buckets}
-        self._weights = [jax.device_put(host[name], device) for name in flat_weights_shapes(model)]
+        self._weights = [jax.device_put(host[name], device) for name in specs]
         self._executables: dict[Bucket, jax.stages.Compiled] = {}
         for bucket in manifest.buckets:
             payload = artifact.read(executable_name(bucket))
@@ -46,7 +46,7 @@ class Engine:
                     f"artifact {artifact.path}: the executable of bucket {bucket} does not load here: {error}"
                 ) from error
             taken = [tuple(a.shape) for a in jax.tree.leaves(self._executables[bucket].in_avals)]
-            if taken != [*flat_weights_shapes(model).values(), (self.slots[bucket].words,)]:
+            if taken != [*(tuple(spec.shape) for spec in specs.values()), (self.slots[bucket].words,)]:
                 raise ArtifactError(
                     f"artifact {artifact.path}: the executable of bucket {bucket} was built for other shapes"
                 )

@@ -56,7 +56,7 @@ class LmdbStore:
             self.close()
             raise StoreError(f"store {path} has a damaged description") from error
         self._user_dtype, self._item_dtype = user_dtype(written), item_dtype(written)
-        self._item_features = written.item_features
+        self._item_features = written.stored_item_features
         if schema is not None and written.store_fingerprint() != schema.store_fingerprint():
             self.close()
             raise StoreError(
@@ -109,7 +109,7 @@ class LmdbStore:
             check_rows(self._item_features, rows)
         except ValueError as error:
             raise CorruptRecord(f"item record: {error}") from error
-        rows, found = decode_items(ids, rows)
+        rows, found = decode_items(ids, rows, self._item_features)
         return Fetched(record, rows[inverse], found[inverse])
 
     def users(self) -> Iterator[str]:
@@ -183,7 +183,7 @@ class LmdbWriter:
         """Write structured[n] rows of `records.item_dtype`, and display titles by id."""
         if rows.dtype != item_dtype(self._schema):
             raise ValueError(f"item rows are {rows.dtype}, expected {item_dtype(self._schema)}")
-        check_rows(self._schema.item_features, rows)
+        check_rows(self._schema.stored_item_features, rows)
         with self._env.begin(write=True) as txn:
             for row in rows:
                 txn.put(row["id"].tobytes(), row.tobytes(), db=self._tables["items"])

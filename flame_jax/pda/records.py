@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flame_jax.request import History
-from flame_jax.schema import Feature, FeatureSchema, record_dtype
+from flame_jax.schema import NO_KEY, Feature, FeatureSchema, default_rows, record_dtype
 
 _HEADER = struct.Struct("<4sIIII")
 _MAGIC = b"FLU2"
@@ -35,21 +35,20 @@ def user_dtype(schema: FeatureSchema) -> np.dtype[Any]:
 
 def item_dtype(schema: FeatureSchema) -> np.dtype[Any]:
     """Structured dtype of an item's stored row: its id, then its features."""
-    features = record_dtype(schema.item_features)
-    return np.dtype([("id", "<i8"), *((name, features[name]) for name in features.names or ())])
+    return np.dtype([("id", "<i8"), *((f.name, f.stored_dtype) for f in schema.stored_item_features)])
 
 
 def feature_row(features: tuple[Feature, ...], values: Mapping[str, int | float]) -> np.ndarray:
-    """A structured[()] row from named values; missing ones are 0.
+    """A structured[()] row from named values; missing ones take their feature's default.
 
     Raises:
         ValueError: an unknown name, or a value outside its feature's range.
     """
-    row = np.zeros((), record_dtype(features))
+    row = default_rows(features, record_dtype(features), ())
     if unknown := set(values) - {f.name for f in features}:
         raise ValueError(f"unknown features {sorted(unknown)}")
     for feature in features:
-        value = values.get(feature.name, 0)
+        value = values.get(feature.name, feature.default)
         if feature.kind == "numeric":
             try:
                 with np.errstate(over="ignore"):
@@ -58,8 +57,10 @@ def feature_row(features: tuple[Feature, ...], values: Mapping[str, int | float]
                 value = np.inf
             if not np.isfinite(value):
                 raise ValueError(f"feature {feature.name!r} is not a finite float32")
-        elif isinstance(value, float) or not 0 <= value < feature.limit:
-            raise ValueError(f"feature {feature.name!r} must be an integer in [0, {feature.limit})")
+        else:
+            low, high = (NO_KEY, 1 << 63) if feature.kind == "id" else (0, feature.limit)
+            if isinstance(value, float) or not low <= value < high:
+                raise ValueError(f"feature {feature.name!r} must be an integer in [{low}, {high})")
         row[feature.name] = value
     return row
 
@@ -109,7 +110,7 @@ def decode_user(key: str, blob: bytes | memoryview, dtype: np.dtype[Any]) -> Use
     return UserRecord(History(ids, actions, times), row)
 
 
-def decode_items(ids: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def decode_items(ids: np.ndarray, rows: np.ndarray, features: tuple[Feature, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Line stored rows up with the ids asked for.
 
     Args:
@@ -117,12 +118,12 @@ def decode_items(ids: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndar
         rows: structured[m], m <= n, the rows found, in the order of their ids.
 
     Returns:
-        structured[n] with zeros where nothing was found, and bool[n], whether it was.
+        structured[n] with the features' defaults where nothing was found, and bool[n], whether it was.
 
     Raises:
         CorruptRecord: a row echoes an id that was not asked for.
     """
-    out = np.zeros(len(ids), rows.dtype)
+    out = default_rows(features, rows.dtype, len(ids))
     found = np.zeros(len(ids), bool)
     if len(rows):
         if not len(ids) or (rows["id"][1:] <= rows["id"][:-1]).any():
@@ -139,7 +140,5 @@ def decode_items(ids: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndar
 def check_rows(features: tuple[Feature, ...], rows: np.ndarray) -> None:
     """Raise ValueError unless every value of structured[...] rows lies in its feature's range."""
     for feature in features:
-        column = rows[feature.name]
-        good = np.isfinite(column) if feature.kind == "numeric" else (column >= 0) & (column < feature.limit)
-        if not good.all():
+        if not feature.fits(rows[feature.name]):
             raise ValueError(f"feature {feature.name!r} has a value out of range")

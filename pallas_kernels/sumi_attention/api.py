@@ -20,6 +20,7 @@ def sumi_attention(
     causal: bool = False,
     align: int,
     window: int,
+    tiles_at_once: int = 1,
 ) -> jax.Array:
     """Attention of packed requests: history sees history, a candidate sees the whole history and itself.
 
@@ -35,6 +36,8 @@ def sumi_attention(
         causal: a history row sees the history up to itself only.
         align: the layout's alignment; T and Q are multiples of it.
         window: longest history of any request, in rows.
+        tiles_at_once: query tiles computed together: faster where memory allows; equal bits in every placement are
+            promised for 1 only.
 
     Returns:
         [blocks, Q, heads, dv] in v's dtype. Rows that belong to no request are finite and mean nothing.
@@ -45,5 +48,15 @@ def sumi_attention(
     if k.shape[1] % align or q.shape[1] % align:
         raise ValueError(f"token rows {k.shape[1]} and query rows {q.shape[1]} must be multiples of {align}")
     return reference.sumi_attention(
-        q, k, v, rows, time, activation=activation, bias=bias, causal=causal, align=align, window=window
+        q,
+        k,
+        v,
+        rows,
+        time,
+        activation=activation,
+        bias=bias,
+        causal=causal,
+        align=align,
+        window=window,
+        tiles_at_once=tiles_at_once,
     )

@@ -52,6 +52,7 @@ def sumi_attention(
     causal: bool,
     align: int,
     window: int,
+    tiles_at_once: int,
 ) -> jax.Array:
     """See `api.sumi_attention`."""
     blocks, tokens = k.shape[:2]
@@ -94,7 +95,8 @@ def sumi_attention(
             seen &= position <= queries.position[..., None]
         return _attend(queries, keys, seen, activation, bias, tile.scenario)
 
-    out = jax.lax.map(one_tile, tiles(rows, align=align, first=first, last=tokens))
+    batch_size = tiles_at_once if tiles_at_once > 1 else None
+    out = jax.lax.map(one_tile, tiles(rows, align=align, first=first, last=tokens), batch_size=batch_size)
     return jnp.moveaxis(out, 0, 1).reshape(blocks, q.shape[1], *v.shape[2:])
 
 

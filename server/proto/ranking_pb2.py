@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$flame_jax/server/proto/ranking.proto\x12\x08\x66lame.v1\"\x90\x03\n\x0bRankRequest\x12\x0c\n\x04user\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x10\n\x08scenario\x18\x04 \x01(\t\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\x15\n\rtraffic_class\x18\x06 \x01(\t\x12\x19\n\x0crequest_time\x18\x07 \x01(\x03H\x00\x88\x01\x01\x12\x15\n\rcandidate_ids\x18\x08 \x01(\x0c\x12\"\n\x07history\x18\n \x01(\x0b\x32\x11.flame.v1.History\x12\x33\n\x07\x63ontext\x18\x0b \x03(\x0b\x32\".flame.v1.RankRequest.ContextEntry\x12\r\n\x05tasks\x18\x0c \x03(\t\x12\r\n\x05top_k\x18\r \x01(\r\x1a\x46\n\x0c\x43ontextEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12%\n\x05value\x18\x02 \x01(\x0b\x32\x16.flame.v1.FeatureValue:\x02\x38\x01\x42\x0f\n\r_request_timeJ\x04\x08\t\x10\nR\x0e\x63\x61ndidate_keys\"@\n\x07History\x12\x10\n\x08item_ids\x18\x01 \x01(\x0c\x12\x0f\n\x07\x61\x63tions\x18\x02 \x01(\x0c\x12\x12\n\ntimestamps\x18\x03 \x01(\x0c\"<\n\x0c\x46\x65\x61tureValue\x12\x11\n\x07integer\x18\x01 \x01(\x03H\x00\x12\x10\n\x06number\x18\x02 \x01(\x01H\x00\x42\x07\n\x05value\"\xc9\x01\n\x0cRankResponse\x12$\n\x06scores\x18\x01 \x03(\x0b\x32\x14.flame.v1.TaskScores\x12\x1b\n\x03top\x18\x02 \x01(\x0b\x32\x0e.flame.v1.TopK\x12\r\n\x05model\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\x1e\n\x05\x66lags\x18\x06 \x01(\x0b\x32\x0f.flame.v1.Flags\x12\"\n\x07timings\x18\x07 \x01(\x0b\x32\x11.flame.v1.Timings\"*\n\nTaskScores\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x0e\n\x06values\x18\x02 \x01(\x0c\"6\n\x04TopK\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x10\n\x08item_ids\x18\x02 \x01(\x0c\x12\x0e\n\x06values\x18\x03 \x01(\x0c\"x\n\x05\x46lags\x12\x10\n\x08\x64\x65graded\x18\x01 \x01(\x08\x12\x14\n\x0cunknown_user\x18\x02 \x01(\x08\x12\x19\n\x11truncated_history\x18\x03 \x01(\x08\x12\x15\n\runknown_items\x18\x04 \x01(\r\x12\x15\n\rmissing_items\x18\x05 \x01(\r\"\xa2\x01\n\x07Timings\x12\x11\n\tdecode_us\x18\x01 \x01(\r\x12\x13\n\x0b\x66\x65\x61tures_us\x18\x02 \x01(\r\x12\x10\n\x08queue_us\x18\x03 \x01(\r\x12\x13\n\x0b\x61ssemble_us\x18\x04 \x01(\r\x12\x12\n\ncompute_us\x18\x05 \x01(\r\x12\x11\n\tencode_us\x18\x06 \x01(\r\x12\x10\n\x08total_us\x18\x07 \x01(\r\x12\x0f\n\x07\x62\x61tches\x18\x08 \x01(\r2G\n\x0eRankingService\x12\x35\n\x04Rank\x12\x15.flame.v1.RankRequest\x1a\x16.flame.v1.RankResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$flame_jax/server/proto/ranking.proto\x12\x08\x66lame.v1\"\x85\x04\n\x0bRankRequest\x12\x0c\n\x04user\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x10\n\x08scenario\x18\x04 \x01(\t\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\x15\n\rtraffic_class\x18\x06 \x01(\t\x12\x19\n\x0crequest_time\x18\x07 \x01(\x03H\x00\x88\x01\x01\x12\x15\n\rcandidate_ids\x18\x08 \x01(\x0c\x12\"\n\x07history\x18\n \x01(\x0b\x32\x11.flame.v1.History\x12\x33\n\x07\x63ontext\x18\x0b \x03(\x0b\x32\".flame.v1.RankRequest.ContextEntry\x12\r\n\x05tasks\x18\x0c \x03(\t\x12\r\n\x05top_k\x18\r \x01(\r\x12>\n\ritem_features\x18\x0e \x03(\x0b\x32\'.flame.v1.RankRequest.ItemFeaturesEntry\x1a\x46\n\x0c\x43ontextEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12%\n\x05value\x18\x02 \x01(\x0b\x32\x16.flame.v1.FeatureValue:\x02\x38\x01\x1a\x33\n\x11ItemFeaturesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\x42\x0f\n\r_request_timeJ\x04\x08\t\x10\nR\x0e\x63\x61ndidate_keys\"@\n\x07History\x12\x10\n\x08item_ids\x18\x01 \x01(\x0c\x12\x0f\n\x07\x61\x63tions\x18\x02 \x01(\x0c\x12\x12\n\ntimestamps\x18\x03 \x01(\x0c\"<\n\x0c\x46\x65\x61tureValue\x12\x11\n\x07integer\x18\x01 \x01(\x03H\x00\x12\x10\n\x06number\x18\x02 \x01(\x01H\x00\x42\x07\n\x05value\"\xc9\x01\n\x0cRankResponse\x12$\n\x06scores\x18\x01 \x03(\x0b\x32\x14.flame.v1.TaskScores\x12\x1b\n\x03top\x18\x02 \x01(\x0b\x32\x0e.flame.v1.TopK\x12\r\n\x05model\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\x1e\n\x05\x66lags\x18\x06 \x01(\x0b\x32\x0f.flame.v1.Flags\x12\"\n\x07timings\x18\x07 \x01(\x0b\x32\x11.flame.v1.Timings\"*\n\nTaskScores\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x0e\n\x06values\x18\x02 \x01(\x0c\"6\n\x04TopK\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x10\n\x08item_ids\x18\x02 \x01(\x0c\x12\x0e\n\x06values\x18\x03 \x01(\x0c\"x\n\x05\x46lags\x12\x10\n\x08\x64\x65graded\x18\x01 \x01(\x08\x12\x14\n\x0cunknown_user\x18\x02 \x01(\x08\x12\x19\n\x11truncated_history\x18\x03 \x01(\x08\x12\x15\n\runknown_items\x18\x04 \x01(\r\x12\x15\n\rmissing_items\x18\x05 \x01(\r\"\xa2\x01\n\x07Timings\x12\x11\n\tdecode_us\x18\x01 \x01(\r\x12\x13\n\x0b\x66\x65\x61tures_us\x18\x02 \x01(\r\x12\x10\n\x08queue_us\x18\x03 \x01(\r\x12\x13\n\x0b\x61ssemble_us\x18\x04 \x01(\r\x12\x12\n\ncompute_us\x18\x05 \x01(\r\x12\x11\n\tencode_us\x18\x06 \x01(\r\x12\x10\n\x08total_us\x18\x07 \x01(\r\x12\x0f\n\x07\x62\x61tches\x18\x08 \x01(\r2G\n\x0eRankingService\x12\x35\n\x04Rank\x12\x15.flame.v1.RankRequest\x1a\x16.flame.v1.RankResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,24 +33,28 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_RANKREQUEST_CONTEXTENTRY']._loaded_options = None
   _globals['_RANKREQUEST_CONTEXTENTRY']._serialized_options = b'8\001'
+  _globals['_RANKREQUEST_ITEMFEATURESENTRY']._loaded_options = None
+  _globals['_RANKREQUEST_ITEMFEATURESENTRY']._serialized_options = b'8\001'
   _globals['_RANKREQUEST']._serialized_start=51
-  _globals['_RANKREQUEST']._serialized_end=451
-  _globals['_RANKREQUEST_CONTEXTENTRY']._serialized_start=342
-  _globals['_RANKREQUEST_CONTEXTENTRY']._serialized_end=412
-  _globals['_HISTORY']._serialized_start=453
-  _globals['_HISTORY']._serialized_end=517
-  _globals['_FEATUREVALUE']._serialized_start=519
-  _globals['_FEATUREVALUE']._serialized_end=579
-  _globals['_RANKRESPONSE']._serialized_start=582
-  _globals['_RANKRESPONSE']._serialized_end=783
-  _globals['_TASKSCORES']._serialized_start=785
-  _globals['_TASKSCORES']._serialized_end=827
-  _globals['_TOPK']._serialized_start=829
-  _globals['_TOPK']._serialized_end=883
-  _globals['_FLAGS']._serialized_start=885
-  _globals['_FLAGS']._serialized_end=1005
-  _globals['_TIMINGS']._serialized_start=1008
-  _globals['_TIMINGS']._serialized_end=1170
-  _globals['_RANKINGSERVICE']._serialized_start=1172
-  _globals['_RANKINGSERVICE']._serialized_end=1243
+  _globals['_RANKREQUEST']._serialized_end=568
+  _globals['_RANKREQUEST_CONTEXTENTRY']._serialized_start=406
+  _globals['_RANKREQUEST_CONTEXTENTRY']._serialized_end=476
+  _globals['_RANKREQUEST_ITEMFEATURESENTRY']._serialized_start=478
+  _globals['_RANKREQUEST_ITEMFEATURESENTRY']._serialized_end=529
+  _globals['_HISTORY']._serialized_start=570
+  _globals['_HISTORY']._serialized_end=634
+  _globals['_FEATUREVALUE']._serialized_start=636
+  _globals['_FEATUREVALUE']._serialized_end=696
+  _globals['_RANKRESPONSE']._serialized_start=699
+  _globals['_RANKRESPONSE']._serialized_end=900
+  _globals['_TASKSCORES']._serialized_start=902
+  _globals['_TASKSCORES']._serialized_end=944
+  _globals['_TOPK']._serialized_start=946
+  _globals['_TOPK']._serialized_end=1000
+  _globals['_FLAGS']._serialized_start=1002
+  _globals['_FLAGS']._serialized_end=1122
+  _globals['_TIMINGS']._serialized_start=1125
+  _globals['_TIMINGS']._serialized_end=1287
+  _globals['_RANKINGSERVICE']._serialized_start=1289
+  _globals['_RANKINGSERVICE']._serialized_end=1360
 # @@protoc_insertion_point(module_scope)

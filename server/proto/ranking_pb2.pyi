@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class RankRequest(_message.Message):
-    __slots__ = ("user", "model", "version", "scenario", "request_id", "traffic_class", "request_time", "candidate_ids", "history", "context", "tasks", "top_k")
+    __slots__ = ("user", "model", "version", "scenario", "request_id", "traffic_class", "request_time", "candidate_ids", "history", "context", "tasks", "top_k", "item_features")
     class ContextEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -15,6 +15,13 @@ class RankRequest(_message.Message):
         key: str
         value: FeatureValue
         def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[FeatureValue, _Mapping]] = ...) -> None: ...
+    class ItemFeaturesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: bytes
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[bytes] = ...) -> None: ...
     USER_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -27,6 +34,7 @@ class RankRequest(_message.Message):
     CONTEXT_FIELD_NUMBER: _ClassVar[int]
     TASKS_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
+    ITEM_FEATURES_FIELD_NUMBER: _ClassVar[int]
     user: str
     model: str
     version: str
@@ -39,7 +47,8 @@ class RankRequest(_message.Message):
     context: _containers.MessageMap[str, FeatureValue]
     tasks: _containers.RepeatedScalarFieldContainer[str]
     top_k: int
-    def __init__(self, user: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., scenario: _Optional[str] = ..., request_id: _Optional[str] = ..., traffic_class: _Optional[str] = ..., request_time: _Optional[int] = ..., candidate_ids: _Optional[bytes] = ..., history: _Optional[_Union[History, _Mapping]] = ..., context: _Optional[_Mapping[str, FeatureValue]] = ..., tasks: _Optional[_Iterable[str]] = ..., top_k: _Optional[int] = ...) -> None: ...
+    item_features: _containers.ScalarMap[str, bytes]
+    def __init__(self, user: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., scenario: _Optional[str] = ..., request_id: _Optional[str] = ..., traffic_class: _Optional[str] = ..., request_time: _Optional[int] = ..., candidate_ids: _Optional[bytes] = ..., history: _Optional[_Union[History, _Mapping]] = ..., context: _Optional[_Mapping[str, FeatureValue]] = ..., tasks: _Optional[_Iterable[str]] = ..., top_k: _Optional[int] = ..., item_features: _Optional[_Mapping[str, bytes]] = ...) -> None: ...
 
 class History(_message.Message):
     __slots__ = ("item_ids", "actions", "timestamps")

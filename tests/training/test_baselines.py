@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from flame_jax.baselines import BiasModel, fit_bias_model, item_mean
+from flame_jax.training.baselines import BiasModel, fit_bias_model, item_mean
 
 USERS = np.array([10**12 + 5, 40, 7], np.int64)
 ITEMS = np.array([9, 10**15, 0, 300], np.int64)

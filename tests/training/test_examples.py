@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flame_jax.examples import Batch, Dataset, Example, Packer, sample_examples, split_points
 from flame_jax.packing import Bucket, Layout
 from flame_jax.pda.lmdb_store import LmdbStore, LmdbWriter
 from flame_jax.pda.records import feature_row, item_dtype
 from flame_jax.request import History
+from flame_jax.training.examples import Batch, Dataset, Example, Packer, sample_examples, split_points
 from flame_jax.vocabulary import Vocabulary
 from tests import tiny
 

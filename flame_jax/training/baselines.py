@@ -1,4 +1,4 @@
-"""The two honest baselines: a smoothed item mean, and logistic regression on who the user and the item are."""
+"""Honest baselines: a smoothed item mean, logistic regression on user and item, and on how often it was taken."""
 
 from __future__ import annotations
 
@@ -128,6 +128,39 @@ def fit_bias_model(
         user=Biases(user_keys.astype(np.int64), weights[: len(user_keys)]),
         item=Biases(item_keys.astype(np.int64), weights[len(user_keys) :]),
     )
+
+
+@dataclass(frozen=True)
+class RepeatModel:
+    """P(label) = sigmoid(intercept + slope * log(1 + times the user had taken the item before))."""
+
+    intercept: float
+    slope: float
+
+    def predict(self, before: ArrayLike) -> NDArray[np.float64]:
+        """float64[M] in (0, 1) of int[M] counts."""
+        return np.asarray(expit(self.intercept + self.slope * np.log1p(before)), np.float64)
+
+
+def fit_repeat_model(before: ArrayLike, labels: ArrayLike) -> RepeatModel:
+    """Logistic regression on one number, practically without a penalty.
+
+    Args:
+        before: int[N], how often the user of an event had taken its item before.
+        labels: bool[N], or 0 and 1; both must occur.
+
+    Raises:
+        ValueError: the arrays are empty, or not one-dimensional and of one length, a label is neither 0 nor 1, or
+            only one label occurs.
+    """
+    counts, truth = _columns(before=before, labels=labels)
+    truth = _training_labels(truth)
+    if truth.all() or not truth.any():
+        raise ValueError("training labels must hold both 0 and 1")
+    from sklearn.linear_model import LogisticRegression  # of the extra `demo`, needed only here
+
+    fitted = LogisticRegression(C=1e6, tol=TOLERANCE, max_iter=1000).fit(np.log1p(counts)[:, None], truth)
+    return RepeatModel(intercept=float(fitted.intercept_[0]), slope=float(fitted.coef_[0, 0]))
 
 
 def _one_hot(users: NDArray[np.intp], items: NDArray[np.intp], user_count: int, item_count: int) -> csr_array:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flame_jax.evaluation import Quality, difference_interval, evaluate, per_user_auc, table
+from flame_jax.training.evaluation import Quality, difference_interval, evaluate, per_user_auc, table
 
 Event = tuple[int, bool, float]
 EVENTS = st.lists(

@@ -1,0 +1,1 @@
+"""What only training uses: examples, baselines, evaluation, the loop."""

@@ -1,0 +1,61 @@
+"""Negatives for logs that hold only what people took: items that others took in the same period."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from flame_jax.request import History
+
+NO_ITEM = -1
+"""Stands for a negative that could not be drawn; it becomes no candidate."""
+
+_ROUNDS = 20
+
+
+class NegativeSampler:
+    """Draws items by their popularity in the period of an event.
+
+    The item of a random event of the same period, whoever's it is; so a popular item is as frequent among the
+    negatives as it is among the positives, and popularity alone tells nothing. An item that the user took in
+    that period is no negative.
+
+    Args:
+        histories: every user's events.
+        period: seconds.
+    """
+
+    def __init__(self, histories: Sequence[History], period: int) -> None:
+        self._ends = np.cumsum([len(h) for h in histories])
+        joined = [np.concatenate([getattr(h, name) for h in histories]) for name in ("item_ids", "timestamps")]
+        self._item_ids, items = np.unique(joined[0], return_inverse=True)
+        _, self._periods = np.unique(joined[1] // period, return_inverse=True)
+        self._users = np.repeat(np.arange(len(histories)), [len(h) for h in histories])
+        order = np.argsort(self._periods, kind="stable")
+        self._items_by_period = items[order]
+        counts = np.bincount(self._periods)
+        self._first = np.cumsum(counts) - counts
+        self._count = counts
+        self._taken = np.unique(self._key(self._users, self._periods, items))
+
+    def _key(self, users: np.ndarray, periods: np.ndarray, items: np.ndarray) -> np.ndarray:
+        key: np.ndarray = (users * (self._periods.max() + 1) + periods) * len(self._item_ids) + items
+        return key
+
+    def draw(self, count: int, random: np.random.Generator) -> list[np.ndarray]:
+        """Per user int64[events, count] external item ids, NO_ITEM where none was found."""
+        users, periods = (np.repeat(of, count) for of in (self._users, self._periods))
+        drawn = np.full(len(users), NO_ITEM, np.int64)
+        left = np.arange(len(users))
+        for _ in range(_ROUNDS):
+            spot = self._first[periods[left]] + random.integers(0, self._count[periods[left]])
+            items = self._items_by_period[spot]
+            key = self._key(users[left], periods[left], items)
+            at = np.minimum(np.searchsorted(self._taken, key), len(self._taken) - 1)
+            good = self._taken[at] != key
+            drawn[left[good]] = self._item_ids[items[good]]
+            left = left[~good]
+            if not len(left):
+                break
+        return np.split(drawn.reshape(-1, count), self._ends[:-1])
