@@ -47,8 +47,10 @@ class Feature:
             raise ValueError(f"feature name {self.name!r} is not an identifier")
         if self.kind == "numeric" and self.size != 0:
             raise ValueError(f"feature {self.name!r} is numeric: leave its size at 0, not {self.size}")
-        if self.kind in ("categorical", "id") and not 0 < self.size <= 2**31 - 2:
-            raise ValueError(f"feature {self.name!r} is {self.kind}: size must be positive, not {self.size}")
+        if self.kind == "categorical" and not 0 < self.size <= 2**31 - 1:
+            raise ValueError(f"feature {self.name!r} is categorical: size must be positive, not {self.size}")
+        if self.kind == "id" and not 0 < self.size <= 2**31 - 2:  # its rows are one more
+            raise ValueError(f"feature {self.name!r} is id: size must be positive, not {self.size}")
         if self.kind == "bits" and not 0 < self.size <= MAX_BITS:
             raise ValueError(f"feature {self.name!r} is bits: size must be 1..{MAX_BITS}, not {self.size}")
 

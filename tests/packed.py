@@ -58,7 +58,11 @@ def encode(schema: FeatureSchema, request: OracleRequest) -> np.ndarray:
         request_words=np.array([s.view(np.int32) for s in scalars], np.int32),
         blocks=[BlockEvents(*(np.asarray(c, np.int32) for c in block)) for block in request.blocks],
         candidates=np.asarray(request.candidates, np.int32),
-        item_columns=[np.asarray(request.item_features[f.name], f.dtype).view(np.int32) for f in schema.item_features],
+        item_columns=[
+            np.asarray(request.item_features[f.name], f.dtype).view(np.int32)
+            for f in schema.item_features
+            if f.source != "table"
+        ],
     )
 
 

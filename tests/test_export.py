@@ -16,7 +16,7 @@ from flame_jax.export import export, main
 from flame_jax.fke.artifact import Artifact, executable_name, jaxlib_version
 from flame_jax.fke.engine import Engine
 from flame_jax.models.checkpoint import load_checkpoint
-from flame_jax.models.serving import flat_weights_shapes, rank_function
+from flame_jax.models.serving import rank_function, weight_specs
 from flame_jax.packing import Bucket, Extent
 from tests import tiny
 
@@ -37,9 +37,9 @@ def test_an_engine_of_the_artifact_scores_as_the_trained_model_does(exported: Co
     checkpoint = load_checkpoint(exported.train.checkpoint)
     engine = Engine(Artifact(exported.export.artifact), tiny.device())
     engine.warm()
-    assert engine.vocabulary.keys.tolist() == checkpoint.vocabulary.keys.tolist()
-    rows = checkpoint.vocabulary.rows
-    order = flat_weights_shapes(tiny.model(vocabulary=rows))
+    assert engine.vocabularies.items.keys.tolist() == checkpoint.vocabularies.items.keys.tolist()
+    rows = checkpoint.vocabularies.items.rows
+    order = weight_specs(tiny.model(vocabulary=rows))
     words, slot = tiny.packed_slot(tiny.BUCKETS[1], [Extent(12, 9), Extent(3, 4)])
     with jax.default_matmul_precision("highest"):
         plain = jax.jit(rank_function(tiny.MODEL, tiny.SCHEMA, tiny.LAYOUT, slot, rows))

@@ -49,6 +49,11 @@ def rows_of(features: tuple[Feature, ...]) -> st.SearchStrategy[list[Value]]:
     return st.tuples(*map(values, features)).map(list)
 
 
+def travelling(schema: FeatureSchema) -> tuple[Feature, ...]:
+    """Item features that are no column of a table on the device."""
+    return tuple(f for f in schema.item_features if f.source != "table")
+
+
 @st.composite
 def logicals(draw: st.DrawFn, schema: FeatureSchema) -> Logical:
     events = st.lists(st.builds(Event, ROWS, st.integers(0, schema.actions - 1), TIMES), max_size=schema.block_length)
@@ -60,7 +65,7 @@ def logicals(draw: st.DrawFn, schema: FeatureSchema) -> Logical:
         context=draw(rows_of(schema.context_features)),
         blocks=[draw(events) for _ in schema.blocks],
         candidates=candidates,
-        items=[draw(rows_of(schema.item_features)) for _ in candidates],
+        items=[draw(rows_of(travelling(schema))) for _ in candidates],
     )
 
 
@@ -85,7 +90,7 @@ def encoded(layout: RecordLayout, schema: FeatureSchema, logical: Logical) -> np
         request_words=words(logical.user + logical.context),
         blocks=blocks,
         candidates=np.array(logical.candidates, np.int32),
-        item_columns=[words([item[k] for item in logical.items]) for k in range(len(schema.item_features))],
+        item_columns=[words([item[k] for item in logical.items]) for k in range(len(travelling(schema)))],
     )
 
 
@@ -119,7 +124,7 @@ def expect(
             slot["action"][block, where.candidate_start + k] = schema.actions
             slot["time"][block, where.candidate_start + k] = logical.time
     for k, item in enumerate(logical.items[low:high]):
-        for feature, number in zip(schema.item_features, item, strict=True):
+        for feature, number in zip(travelling(schema), item, strict=True):
             column = slot[f"item.{feature.name}"]
             column[where.candidate_start + k - (tokens - len(column))] = number
 

@@ -14,21 +14,24 @@ from hypothesis import strategies as st
 
 from flame_jax.schema import MAX_BITS, Block, Feature, FeatureSchema, record_dtype
 
-Kind = Literal["categorical", "numeric", "bits"]
+Kind = Literal["categorical", "numeric", "bits", "id"]
+Source = Literal["", "store", "request", "table"]
 
-KINDS: tuple[Kind, ...] = ("categorical", "numeric", "bits")
+KINDS: tuple[Kind, ...] = ("categorical", "numeric", "bits", "id")
+SOURCES: tuple[Source, ...] = ("", "store", "request", "table")
 IDENTIFIERS = st.text("abxyz_", min_size=1, max_size=4)
 NAMES = st.text(min_size=1, max_size=4)
 
 
 @st.composite
-def feature_groups(draw: st.DrawFn) -> tuple[Feature, ...]:
+def feature_groups(draw: st.DrawFn, sources: tuple[Source, ...] = ("",)) -> tuple[Feature, ...]:
     """Up to three features of any kind."""
     found = []
     for name in draw(st.lists(IDENTIFIERS, max_size=3, unique=True)):
         kind = draw(st.sampled_from(KINDS))
         sizes = {"categorical": st.integers(1, 2**31 - 1), "bits": st.integers(1, MAX_BITS), "numeric": st.just(0)}
-        found.append(Feature(name, kind, draw(sizes[kind])))
+        sizes["id"] = st.integers(4, 2**31 - 2)
+        found.append(Feature(name, kind, draw(sizes[kind]), draw(st.sampled_from(sources))))
     return tuple(found)
 
 
@@ -44,7 +47,7 @@ def schemas(draw: st.DrawFn) -> FeatureSchema:
         actions=actions,
         blocks=tuple(Block(name, draw(strategies)) for name in names),
         block_length=draw(st.integers(1, 12)),
-        item_features=draw(feature_groups()),
+        item_features=draw(feature_groups(SOURCES)),
         user_features=draw(feature_groups()),
         context_features=draw(feature_groups()),
     )
@@ -69,6 +72,8 @@ STORE_CHANGES: list[dict[str, Any]] = [
     {"item_features": (Feature("genres", "categorical", 19), SCHEMA.item_features[1])},
     {"item_features": (Feature("genre", "bits", 19), SCHEMA.item_features[1])},
     {"user_features": SCHEMA.user_features[::-1]},
+    {"item_features": (replace(SCHEMA.item_features[0], source="request"), SCHEMA.item_features[1])},
+    {"user_features": (Feature("age", "id", 7), SCHEMA.user_features[1])},
 ]
 MODEL_CHANGES: list[dict[str, Any]] = [
     {"tasks": ("like", "click")},
@@ -77,6 +82,8 @@ MODEL_CHANGES: list[dict[str, Any]] = [
     {"blocks": (Block("every"), Block("liked", (1, 2)))},
     {"block_length": 17},
     {"context_features": ()},
+    {"item_features": (replace(SCHEMA.item_features[0], source="table"), SCHEMA.item_features[1])},
+    {"item_features": (*SCHEMA.item_features, Feature("price", "numeric", 0, "request"))},
 ]
 
 
@@ -113,6 +120,12 @@ def test_what_only_the_model_reads_leaves_the_stores_fingerprint(change: dict[st
         (lambda: Feature("x", "categorical", 2**31), "categorical"),
         (lambda: Feature("x", "bits"), "bits"),
         (lambda: Feature("x", "bits", 32), "bits"),
+        (lambda: Feature("x", "id"), "id"),
+        (lambda: Feature("x", "id", 2**31 - 1), "id"),
+        (lambda: Feature("x", "numeric", 0, "disk"), "disk"),  # type: ignore[arg-type]
+        (lambda: FeatureSchema(user_features=(Feature("x", "numeric", 0, "request"),)), "user_features"),
+        (lambda: FeatureSchema(user_features=(Feature("x", "numeric", 0, "table"),)), "user_features"),
+        (lambda: FeatureSchema(context_features=(Feature("x", "numeric", 0, "store"),)), "context_features"),
         (lambda: FeatureSchema(tasks=()), "tasks"),
         (lambda: FeatureSchema(tasks=("a", "a")), "tasks"),
         (lambda: FeatureSchema(scenarios=("a", "")), "scenarios"),
@@ -172,12 +185,12 @@ def test_json_with_an_unknown_field_or_a_bad_value_is_a_value_error(change: dict
 
 @settings(deadline=None, max_examples=50)
 @given(feature_groups())
-def test_a_packed_row_has_one_word_a_feature_in_the_schemas_order(features: tuple[Feature, ...]) -> None:
+def test_a_packed_row_has_one_value_a_feature_in_the_schemas_order(features: tuple[Feature, ...]) -> None:
     dtype = record_dtype(features)
-    assert dtype.itemsize == 4 * len(features)
+    assert dtype.itemsize == sum(8 if f.kind == "id" else 4 for f in features)
     assert list(dtype.names or ()) == [f.name for f in features]
     for feature in features:
-        assert dtype[feature.name] == (np.float32 if feature.kind == "numeric" else np.int32)
+        assert dtype[feature.name] == {"numeric": np.float32, "id": np.int64}.get(feature.kind, np.int32)
 
 
 @pytest.mark.parametrize(
@@ -185,6 +198,8 @@ def test_a_packed_row_has_one_word_a_feature_in_the_schemas_order(features: tupl
     [
         (Feature("x", "categorical", 7), 7),
         (Feature("x", "categorical", 2**31 - 1), 2**31 - 1),
+        (Feature("x", "id", 7), 8),
+        (Feature("x", "id", 2**31 - 2), 2**31 - 1),
         (Feature("x", "bits", 1), 2),
         (Feature("x", "bits", MAX_BITS), 2**31),
     ],
@@ -192,3 +207,22 @@ def test_a_packed_row_has_one_word_a_feature_in_the_schemas_order(features: tupl
 def test_values_of_a_feature_end_before_its_limit_and_fit_a_word(feature: Feature, limit: int) -> None:
     assert feature.limit == limit
     assert limit - 1 <= np.iinfo(feature.dtype).max
+
+
+def test_how_many_keys_the_model_knows_is_no_matter_of_the_stores() -> None:
+    few, many = (FeatureSchema(item_features=(Feature("maker", "id", size),)) for size in (5, 500))
+    assert few.store_fingerprint() == many.store_fingerprint()
+
+
+def test_each_feature_is_where_its_source_says() -> None:
+    features = tuple(Feature(source or "own", "numeric", 0, source) for source in SOURCES)
+    schema = FeatureSchema(item_features=features, user_features=(Feature("age", "numeric"),))
+    assert [f.name for f in schema.stored_item_features] == ["own", "store", "table"]
+    assert [(group, f.name) for group, f in schema.slot_features] == [
+        ("item", "own"),
+        ("item", "store"),
+        ("item", "request"),
+        ("user", "age"),
+    ]
+    assert schema.fetches_items
+    assert not FeatureSchema(item_features=features[2:]).fetches_items

@@ -24,9 +24,10 @@ from flame_jax.models.serving import load_weights
 from flame_jax.packing import Bucket
 from flame_jax.pda.lmdb_store import LmdbStore
 from flame_jax.request import History
-from flame_jax.train import Split, cuts, main, report, train
+from flame_jax.train import Slice, cuts, main, report, train
 from flame_jax.training.baselines import Biases, BiasModel, item_mean
 from flame_jax.training.examples import Dataset, Packer, split_points
+from flame_jax.training.loop import predict
 from tests import tiny
 
 
@@ -48,7 +49,7 @@ def dataset(run: tiny.Run) -> Dataset:
 
 def load(path: str) -> Dataset:
     store = LmdbStore(path, tiny.SCHEMA)
-    dataset = Dataset(store, tiny.SCHEMA)
+    dataset = Dataset(store, tiny.SCHEMA, {"like": [3, 4], "love": [4]})
     store.close()
     return dataset
 
@@ -63,7 +64,7 @@ def with_histories(dataset: Dataset, change: Any) -> Dataset:
     return changed
 
 
-def trained(config: Config, dataset: Dataset) -> tuple[Split, dict[str, np.ndarray], Checkpoint]:
+def trained(config: Config, dataset: Dataset) -> tuple[Slice, dict[str, np.ndarray], Checkpoint]:
     with CheckpointFolder(config.train.checkpoint) as folder:
         held, scores = train(config, dataset, folder)
     return held, scores, load_checkpoint(config.train.checkpoint)
@@ -78,24 +79,27 @@ def assert_same_weights(one: Checkpoint, other: Checkpoint) -> None:
 def test_the_loss_falls_and_the_planted_preference_is_found(run: tiny.Run) -> None:
     quarter = len(run.losses) // 4
     assert np.mean(run.losses[-quarter:]) < 0.6 * np.mean(run.losses[:quarter])
-    quality = json.loads((Path(run.config.train.checkpoint) / "quality.json").read_text())
-    assert quality["models"]["climber"]["user_auc"] > quality["models"]["user + item"]["user_auc"] + 0.2
+    like = json.loads((Path(run.config.train.checkpoint) / "quality.json").read_text())["tasks"]["like"]
+    assert like["models"]["climber"]["user_auc"] > like["models"]["user + item"]["user_auc"] + 0.2
 
 
 def test_the_table_names_every_model_and_the_file_holds_its_figures(run: tiny.Run, dataset: Dataset) -> None:
     lines = run.printed.splitlines()
     names = ["item mean", "user + item", "climber"]
-    assert [line.split("  ")[0].strip() for line in lines[1:4]] == names
+    assert lines[0] == "task like"
+    assert [line.split("  ")[0].strip() for line in lines[2:5]] == names
     quality = json.loads((Path(run.config.train.checkpoint) / "quality.json").read_text())
     assert quality["slice"] == "test"
-    assert list(quality["models"]) == names
+    assert list(quality["tasks"]) == ["like", "love"]
+    like = quality["tasks"]["like"]
+    assert list(like["models"]) == names
     held = int((dataset.lengths() - split_points(dataset.lengths(), 0.2)).sum())
-    assert {figures["events"] for figures in quality["models"].values()} == {held}
-    assert list(quality["user_auc_difference"]) == names[:2]
-    for mean, low, high in quality["user_auc_difference"].values():
+    assert {figures["events"] for figures in like["models"].values()} == {held}
+    assert list(like["user_auc_difference"]) == names[:2]
+    for mean, low, high in like["user_auc_difference"].values():
         assert low <= mean <= high
-    for name, figures in quality["models"].items():
-        (line,) = (line for line in lines[1:4] if line.startswith(name))
+    for name, figures in like["models"].items():
+        (line,) = (line for line in lines[2:5] if line.startswith(name))
         assert f"{figures['auc']:.4f}" in line
 
 
@@ -103,7 +107,7 @@ def test_the_checkpoint_holds_the_training_items_and_both_descriptions(run: tiny
     checkpoint = load_checkpoint(run.config.train.checkpoint)
     stops = split_points(dataset.lengths(), 0.2)
     seen = {int(i) for (_, r), stop in zip(dataset.users, stops, strict=True) for i in r.history.item_ids[:stop]}
-    assert set(checkpoint.vocabulary.keys.tolist()) == seen
+    assert set(checkpoint.vocabularies.items.keys.tolist()) == seen
     assert checkpoint.step == run.config.train.epochs
     checkpoint.check_fits(tiny.MODEL, tiny.SCHEMA, run.config.train.checkpoint)
 
@@ -149,9 +153,11 @@ def test_a_finished_run_is_only_evaluated_again(run: tiny.Run, dataset: Dataset,
         held, scores, checkpoint = trained(finished, dataset)
     assert losses == []
     assert_same_weights(checkpoint, load_checkpoint(run.config.train.checkpoint))
-    rows = report(finished, held, scores)
+    figures = report(finished, held, scores)
     quality = json.loads((Path(run.config.train.checkpoint) / "quality.json").read_text())
-    assert rows["climber"].auc == pytest.approx(quality["models"]["climber"]["auc"], abs=1e-6)
+    for task, expected in quality["tasks"].items():
+        found = figures["tasks"][task]["models"]["climber"]["auc"]
+        assert found == pytest.approx(expected["models"]["climber"]["auc"], abs=1e-6)
 
 
 def test_a_checkpoint_of_other_items_is_refused(finished: Config, tmp_path: Path) -> None:
@@ -217,27 +223,27 @@ def test_scores_line_up_with_the_held_out_events(run: tiny.Run, dataset: Dataset
         count = len(record.history) - stops[number]
         assert (held.users[at : at + count] == number).all()
         assert held.items[at : at + count].tolist() == record.history.item_ids[stops[number] :].tolist()
-        assert held.labels[at : at + count].tolist() == (record.history.actions[stops[number] :] >= 3).tolist()
+        actions = record.history.actions[stops[number] :].tolist()
+        assert held.labels[at : at + count].tolist() == [[a >= 3, a == 4] for a in actions]
         at += count
     assert at == len(held.users)
     past = [
         (r.history.item_ids[:s], r.history.actions[:s] >= 3) for (_, r), s in zip(dataset.users, stops, strict=True)
     ]
     items, labels = (np.concatenate(column) for column in zip(*past, strict=True))
-    np.testing.assert_allclose(scores["item mean"], item_mean(items, labels, held.items, strength=2.0))
+    np.testing.assert_allclose(scores["item mean"][:, 0], item_mean(items, labels, held.items, strength=2.0))
     assert all(len(values) == at and np.isfinite(values).all() for values in scores.values())
     # One user alone is scored as in company: each score went to its own event.
-    model = Climber(tiny.MODEL, tiny.SCHEMA, checkpoint.vocabulary.rows, rngs=nnx.Rngs(0))
+    model = Climber(tiny.MODEL, tiny.SCHEMA, checkpoint.vocabularies.items.rows, rngs=nnx.Rngs(0))
     load_weights(model, checkpoint.weights)
     packer = Packer(
         dataset,
-        checkpoint.vocabulary,
+        checkpoint.vocabularies,
         finished.layout,
         Bucket(finished.train.tokens, finished.train.candidates),
-        finished.train.label_actions,
     )
     only = np.where(np.arange(tiny.USERS) == 17, stops, dataset.lengths())
-    alone = module.predict(finished, model, packer, only, dataset.lengths())
+    alone = predict(finished, model, packer, only, dataset.lengths(), None)
     np.testing.assert_allclose(alone, scores["climber"][held.users == 17], rtol=1e-5)
 
 
@@ -246,18 +252,21 @@ def test_the_model_starts_where_the_logistic_model_ends() -> None:
     biases = BiasModel(
         0.75, Biases(np.arange(3), np.ones(3, np.float32)), Biases(ids, np.arange(1, len(ids) + 1, dtype=np.float32))
     )
-    module.start_from_biases(model, tiny.vocabulary(), biases)
+    other = BiasModel(-1.5, Biases(np.arange(3), np.ones(3, np.float32)), Biases(ids[:1], np.full(1, 9, np.float32)))
+    module.start_from_biases(model, tiny.vocabulary(), [biases, other])
     start = np.asarray(model.item_bias[...])
     assert start[0].tolist() == [0.0, 0.0]
     assert start[1::2, 0].tolist() == list(range(1, len(ids) + 1))
     assert not start[2::2, 0].any()
-    assert not start[:, 1].any()
-    assert np.asarray(model.head["logit_b"][...]).tolist() == [0.75, 0.0]
+    assert start[1, 1] == 9
+    assert np.count_nonzero(start[:, 1]) == 1
+    assert np.asarray(model.head["logit_b"][...]).tolist() == [0.75, -1.5]
 
 
-def held_out(count: int = 60) -> Split:
+def held_out(count: int = 60) -> Slice:
     random = np.random.default_rng(0)
-    return Split(np.repeat(np.arange(count // 10), 10), np.arange(count), random.random(count) < 0.5)
+    labels = random.random((count, 2)) < 0.5
+    return Slice(np.repeat(np.arange(count // 10), 10), np.arange(count), labels, np.zeros(count, np.int64))
 
 
 def test_a_model_that_loses_to_a_baseline_is_a_warning_and_no_failure(
@@ -266,18 +275,20 @@ def test_a_model_that_loses_to_a_baseline_is_a_warning_and_no_failure(
     config, held = tiny.config(tmp_path), held_out()
     (tmp_path / "checkpoint").mkdir()
     good = np.where(held.labels, 0.9, 0.1)
-    rows = report(config, held, {"item mean": np.full(60, 0.5), "user + item": good, "climber": 1 - good})
-    assert (rows["user + item"].auc, rows["climber"].auc) == (1.0, 0.0)
+    figures = report(config, held, {"item mean": np.full((60, 2), 0.5), "user + item": good, "climber": 1 - good})
+    for task in ("like", "love"):
+        models = figures["tasks"][task]["models"]
+        assert (models["user + item"]["auc"], models["climber"]["auc"]) == (1.0, 0.0)
     printed = capsys.readouterr().out
     assert "warning: climber does not beat user + item" in printed
     assert "warning: climber does not beat item mean" in printed
-    assert json.loads((tmp_path / "checkpoint" / "quality.json").read_text())["models"]["climber"]["auc"] == 0.0
+    assert json.loads((tmp_path / "checkpoint" / "quality.json").read_text()) == figures
 
 
 def test_a_model_that_wins_is_no_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config, held = tiny.config(tmp_path, validation=True), held_out()
     (tmp_path / "checkpoint").mkdir()
-    report(config, held, {"item mean": np.full(60, 0.5), "climber": np.where(held.labels, 0.9, 0.1)})
+    report(config, held, {"item mean": np.full((60, 2), 0.5), "climber": np.where(held.labels, 0.9, 0.1)})
     assert "warning" not in capsys.readouterr().out
     assert json.loads((tmp_path / "checkpoint" / "quality.json").read_text())["slice"] == "validation"
 

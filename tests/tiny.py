@@ -34,7 +34,8 @@ from flame_jax.pda.records import feature_row, item_dtype
 from flame_jax.record import BlockEvents, RecordLayout
 from flame_jax.request import History
 from flame_jax.schema import Block, Feature, FeatureSchema
-from flame_jax.vocabulary import Vocabulary
+from flame_jax.training import loop
+from flame_jax.vocabulary import Vocabularies, Vocabulary
 
 USERS, ITEMS, ACTIONS = 30, 40, 5
 
@@ -131,11 +132,16 @@ def vocabulary() -> Vocabulary:
     return Vocabulary(ITEM_IDS)
 
 
+def vocabularies() -> Vocabularies:
+    """The schema has no id features."""
+    return Vocabularies(vocabulary(), {})
+
+
 def checkpoint(step: int = 1, seed: int = 0) -> Checkpoint:
     """A checkpoint of random weights."""
     weights = {name: np.asarray(value) for name, value in random_weights(seed).items()}
     optimizer = [np.array(step, np.int32), np.arange(6, dtype=np.float32).reshape(2, 3)]
-    return Checkpoint(step, MODEL, SCHEMA, vocabulary(), weights, optimizer)
+    return Checkpoint(step, MODEL, SCHEMA, vocabularies(), weights, optimizer)
 
 
 def save_checkpoint(path: Path, *steps: int) -> None:
@@ -265,7 +271,7 @@ def _cache_folder() -> Path:
 def recorded_losses() -> Iterator[list[float]]:
     """Collect the loss of every training step."""
     losses: list[float] = []
-    real = train.make_step
+    real = loop.make_step
 
     def recording(*args: Any) -> Any:
         step = real(*args)
@@ -278,7 +284,7 @@ def recorded_losses() -> Iterator[list[float]]:
         return run
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "make_step", recording)
+        patch.setattr(loop, "make_step", recording)
         yield losses
 
 
@@ -303,7 +309,7 @@ def save_artifact(path: Path, **changed: Any) -> Manifest:
         "matmul_precision": "highest",
         "kernels": {"sumi_attention": "xla"},
         "weights": random_weights(3),
-        "vocabulary": vocabulary(),
+        "vocabularies": vocabularies(),
         "executables": executables(),
     }
     return write_artifact(path, **(arguments | changed))

@@ -102,9 +102,12 @@ class Dataset:
         """Stored rows of int64[n] items, with default features where the store has none, and bool[n] whether it has."""
         at = np.minimum(np.searchsorted(self._ids, ids), max(len(self._ids) - 1, 0))
         if not len(self._ids):
-            return np.repeat(self._absent.items, len(ids)), np.zeros(len(ids), bool)
-        found = self._ids[at] == ids
-        return np.where(found, self._items.items[at], self._absent.items), found
+            rows, found = np.repeat(self._absent.items, len(ids)), np.zeros(len(ids), bool)
+        else:
+            found = self._ids[at] == ids
+            rows = np.where(found, self._items.items[at], self._absent.items)
+        rows["id"] = ids
+        return rows, found
 
     def candidates(self, user: int, start: int, stop: int, negatives: Negatives | None) -> Candidates:
         """Events [start, stop) of a user and the negatives beside them."""

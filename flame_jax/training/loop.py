@@ -56,7 +56,8 @@ def fit(
     if not steps:
         raise ValueError("no user has an event to train on")
     optimizer = make_optimizer(config, steps * settings.epochs)
-    graph, weights, columns = nnx.split(model, nnx.Param, Column)
+    graph, *parts = nnx.split(model, nnx.Param, Column)
+    weights, columns = parts
     state = optimizer.init(weights)
     fixed = {
         name: value for name, value in dataclasses.asdict(settings).items() if name not in ("checkpoint", "epochs")

@@ -37,7 +37,7 @@ def folder(pristine: Path, tmp_path: Path) -> Path:
 def read_everything(path: Path) -> None:
     """All that a server reads of an artifact before it builds anything."""
     artifact = Artifact(path)
-    artifact.vocabulary()
+    artifact.vocabularies()
     artifact.weights()
     for bucket in artifact.manifest.buckets:
         artifact.read(executable_name(bucket))
@@ -64,7 +64,7 @@ def test_what_is_read_is_what_was_written(pristine: Path) -> None:
     weights = artifact.weights()
     assert weights.keys() == tiny.random_weights(3).keys()
     assert all(np.array_equal(weights[name], value) for name, value in tiny.random_weights(3).items())
-    assert artifact.vocabulary().keys.tolist() == sorted(tiny.ITEM_IDS.tolist())
+    assert artifact.vocabularies().items.keys.tolist() == sorted(tiny.ITEM_IDS.tolist())
     for bucket, payload in tiny.executables().items():
         assert artifact.read(executable_name(bucket)) == payload
     artifact.check_target(tiny.platform(), tiny.device().device_kind)
@@ -263,7 +263,7 @@ def test_a_vocabulary_that_is_no_set_of_ids_is_refused(ids: np.ndarray, folder: 
     np.save(folder / "vocabulary.npy", ids)
     tiny.forge(folder, "vocabulary.npy", (folder / "vocabulary.npy").read_bytes())
     with pytest.raises(ArtifactError, match="vocabulary"):
-        Artifact(folder).vocabulary()
+        Artifact(folder).vocabularies()
 
 
 def snapshot(path: Path) -> dict[str, bytes]:

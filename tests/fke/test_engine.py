@@ -80,7 +80,7 @@ def test_nothing_compiles_once_an_engine_is_loaded(pristine: Path) -> None:
 
 def test_an_engine_knows_its_model_and_vocabulary(engine: Engine) -> None:
     assert engine.manifest.version == "7"
-    assert engine.vocabulary.rows == tiny.ITEMS + 1
+    assert engine.vocabularies.items.rows == tiny.ITEMS + 1
     assert set(engine.slots) == set(tiny.BUCKETS)
 
 

@@ -39,8 +39,8 @@ def assert_same(found: Checkpoint | None, expected: Checkpoint) -> None:
     assert found.step == expected.step
     assert found.model == expected.model
     assert found.schema == expected.schema
-    assert found.vocabulary.keys.dtype == np.int64
-    assert found.vocabulary.keys.tolist() == expected.vocabulary.keys.tolist()
+    assert found.vocabularies.items.keys.dtype == np.int64
+    assert found.vocabularies.items.keys.tolist() == expected.vocabularies.items.keys.tolist()
     assert found.weights.keys() == expected.weights.keys()
     for name, value in expected.weights.items():
         assert found.weights[name].dtype == np.float32
@@ -64,7 +64,7 @@ def test_the_newest_checkpoint_comes_back_whole(pristine: Path) -> None:
 
 
 def test_ids_beyond_32_bits_come_back(pristine: Path) -> None:
-    assert load_checkpoint(pristine).vocabulary.keys.max() > 2**40
+    assert load_checkpoint(pristine).vocabularies.items.keys.max() > 2**40
 
 
 def test_the_newest_two_are_kept(pristine: Path) -> None:

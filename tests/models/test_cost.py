@@ -54,8 +54,8 @@ def test_hstu_by_a_loop_over_what_each_row_sees() -> None:
 @pytest.mark.parametrize("name", ["climber_base", "climber_long", "hstu_dlrmv3", "hstu_8l", "hstu_ml100k", "demo"])
 def test_every_configuration_makes_a_ladder_and_a_model(name: str) -> None:
     from flame_jax.fke.buckets import make_ladder
-    from flame_jax.models.serving import abstract_model, flat_weights_shapes
+    from flame_jax.models.serving import abstract_model, weight_specs
 
     config = configuration(name)
     assert make_ladder(config.export.buckets, config.schema, config.layout)
-    assert flat_weights_shapes(abstract_model(config.model, config.schema, 100))
+    assert weight_specs(abstract_model(config.model, config.schema, 100))

@@ -14,10 +14,10 @@ from flame_jax.models.serving import (
     abstract_model,
     check_weights,
     flat_weights,
-    flat_weights_shapes,
     load_weights,
     rank_function,
     unpack,
+    weight_specs,
 )
 from flame_jax.packing import Bucket, Extent, Layout, slot_layout
 from flame_jax.schema import Block, Feature, FeatureSchema
@@ -28,15 +28,16 @@ def test_names_and_order_do_not_depend_on_how_the_model_was_made() -> None:
     real, other = tiny.model(0), tiny.model(1)
     abstract = abstract_model(tiny.MODEL, tiny.SCHEMA, tiny.ITEMS + 1)
     names = list(flat_weights(real))
-    assert names == list(flat_weights(other)) == list(flat_weights_shapes(abstract)) == list(flat_weights_shapes(real))
+    assert names == list(flat_weights(other)) == list(weight_specs(abstract)) == list(weight_specs(real))
     assert names == sorted(names, key=lambda name: name.split("/"))
     assert len(set(names)) == len(names)
 
 
 def test_shapes_are_those_of_the_weights() -> None:
     weights = flat_weights(tiny.model())
-    assert flat_weights_shapes(abstract_model(tiny.MODEL, tiny.SCHEMA, tiny.ITEMS + 1)) == {
-        name: value.shape for name, value in weights.items()
+    specs = weight_specs(abstract_model(tiny.MODEL, tiny.SCHEMA, tiny.ITEMS + 1))
+    assert {name: (spec.shape, spec.dtype) for name, spec in specs.items()} == {
+        name: (value.shape, value.dtype) for name, value in weights.items()
     }
     assert weights["item"].shape == (tiny.ITEMS + 1, tiny.MODEL.width)
     assert {value.dtype for value in weights.values()} == {np.dtype(np.float32)}
@@ -83,7 +84,7 @@ def test_every_weight_that_does_not_fit_is_named_and_nothing_changes() -> None:
         weights[name] = weights[name][1:]
     extra = ["other", "item/more"]
     weights |= {name: np.zeros(2, np.float32) for name in extra}
-    for call in (check_weights, load_weights):
+    for call in (lambda m, w: check_weights(weight_specs(m), w), load_weights):
         with pytest.raises(ValueError) as caught:
             call(model, weights)
         text = str(caught.value)
@@ -100,13 +101,13 @@ def test_a_transposed_weight_is_misshapen() -> None:
     weights = dict(tiny.random_weights(4))
     weights["gate/squeeze_w"] = weights["gate/squeeze_w"].T
     with pytest.raises(ValueError, match="gate/squeeze_w"):
-        check_weights(tiny.model(0), weights)
+        check_weights(weight_specs(tiny.model(0)), weights)
 
 
 def test_weights_that_fit_an_abstract_model_pass() -> None:
-    check_weights(abstract_model(tiny.MODEL, tiny.SCHEMA, tiny.ITEMS + 1), tiny.random_weights(4))
+    check_weights(weight_specs(abstract_model(tiny.MODEL, tiny.SCHEMA, tiny.ITEMS + 1)), tiny.random_weights(4))
     with pytest.raises(ValueError, match=r"item is .*; item_bias is"):
-        check_weights(abstract_model(tiny.MODEL, tiny.SCHEMA, tiny.ITEMS), tiny.random_weights(4))
+        check_weights(weight_specs(abstract_model(tiny.MODEL, tiny.SCHEMA, tiny.ITEMS)), tiny.random_weights(4))
 
 
 KINDS: tuple[Literal["categorical", "numeric", "bits"], ...] = ("categorical", "numeric", "bits")

@@ -71,7 +71,7 @@ def embed_feature(table: Array, feature: Feature, value: float) -> Array:
     """F_f(value): [d] from a table [size, d] (numeric: [1, d])."""
     if feature.kind == "numeric":
         return np.array(float(value) * table[0])
-    if feature.kind == "categorical":
+    if feature.kind in ("categorical", "id"):
         return np.array(table[int(value)])
     total = np.zeros(table.shape[1])
     for bit in range(feature.size):
@@ -87,7 +87,10 @@ def candidate_tokens(weights: dict[str, Array], schema: FeatureSchema, request: 
     for i, item in enumerate(request.candidates):
         token = weights["item"][int(item)] + stands_for_candidate
         for f in schema.item_features:
-            token = token + embed_feature(weights[f"features/item.{f.name}"], f, request.item_features[f.name][i])
+            value = request.item_features[f.name][i]
+            if f.source == "table":
+                value = weights[f"columns/item.{f.name}"][int(item)]
+            token = token + embed_feature(weights[f"features/item.{f.name}"], f, value)
         for f in schema.user_features:
             token = token + embed_feature(weights[f"features/user.{f.name}"], f, request.user_features[f.name])
         for f in schema.context_features:

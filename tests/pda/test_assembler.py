@@ -20,7 +20,7 @@ from flame_jax.pda.records import (
 from flame_jax.pda.store import Fetched
 from flame_jax.request import FeatureReport, History, RankRequest
 from flame_jax.schema import Block, Feature, FeatureSchema
-from flame_jax.vocabulary import Vocabulary
+from flame_jax.vocabulary import Vocabularies, Vocabulary
 from tests.test_schema import schemas
 
 Value = int | float
@@ -28,8 +28,15 @@ Row = dict[str, Value]
 
 KNOWN = [3, 5, 2**32 + 5, 2**63 - 1]
 ITEM_IDS = st.sampled_from([*KNOWN, 0, 4, 2**32 + 3, 2**40])
-VOCABULARY = Vocabulary(np.array(KNOWN, np.int64))
+VOCABULARIES = Vocabularies(Vocabulary(np.array(KNOWN, np.int64)), {})
+KEYS = st.sampled_from([-1, 0, *KNOWN, 2**40 + 1])
 EMBEDDING_ROWS = {key: row for row, key in enumerate(KNOWN, start=1)}
+
+
+def vocabularies(schema: FeatureSchema) -> Vocabularies:
+    """Every id feature knows the keys that are known item ids too."""
+    named = [f"{group}.{f.name}" for group, f in schema.features if f.kind == "id"]
+    return Vocabularies(VOCABULARIES.items, dict.fromkeys(named, VOCABULARIES.items))
 
 
 class Event(NamedTuple):
@@ -64,6 +71,8 @@ def rows(features: tuple[Feature, ...]) -> st.SearchStrategy[Row]:
     one: dict[str, st.SearchStrategy[Value]] = {
         f.name: st.floats(width=32, allow_nan=False, allow_infinity=False)
         if f.kind == "numeric"
+        else KEYS
+        if f.kind == "id"
         else st.integers(0, f.limit - 1)
         for f in features
     }
@@ -79,8 +88,10 @@ def cases(draw: st.DrawFn, schema: FeatureSchema) -> Case:
     inline = draw(st.none() | in_order)
     candidates = draw(st.lists(ITEM_IDS, min_size=1, max_size=6))
     found = [draw(st.booleans()) for _ in candidates]
-    zeros: Row = {f.name: 0 for f in schema.item_features}
-    items = [draw(rows(schema.item_features)) if here else zeros for here in found]
+    stored_features = tuple(f for f in schema.item_features if f.source != "request")
+    sent_features = tuple(f for f in schema.item_features if f.source == "request" and draw(st.booleans()))
+    items = [draw(rows(stored_features)) if here else missing(stored_features) for here in found]
+    sent = [draw(rows(sent_features)) for _ in candidates]
     table = np.zeros(len(candidates), item_dtype(schema))
     table["id"] = candidates
     for at, item in enumerate(items):
@@ -96,6 +107,7 @@ def cases(draw: st.DrawFn, schema: FeatureSchema) -> Case:
             request_time=draw(times),
             history=None if inline is None else history(inline),
             context=context,
+            item_features={f.name: np.array([one[f.name] for one in sent], f.stored_dtype) for f in sent_features},
         ),
         fetched=Fetched(
             None if stored is None else UserRecord(history(stored), feature_row(schema.user_features, user)),
@@ -104,14 +116,20 @@ def cases(draw: st.DrawFn, schema: FeatureSchema) -> Case:
         ),
         stored=stored,
         inline=inline,
-        user=user if stored is not None else {f.name: 0 for f in schema.user_features},
+        user=user if stored is not None else missing(schema.user_features),
         context=context,
-        items=items,
+        items=[missing(schema.item_features) | a | b for a, b in zip(items, sent, strict=True)],
     )
+
+
+def missing(features: tuple[Feature, ...]) -> Row:
+    return {f.name: -1 if f.kind == "id" else 0 for f in features}
 
 
 def word(feature: Feature, value: Value) -> int:
     """The int32 that carries a feature's bits."""
+    if feature.kind == "id":
+        value = EMBEDDING_ROWS.get(int(value), 0)
     packed = struct.pack("<f", value) if feature.kind == "numeric" else struct.pack("<i", value)
     bits: int = struct.unpack("<i", packed)[0]
     return bits
@@ -141,6 +159,8 @@ def reference(schema: FeatureSchema, case: Case) -> tuple[list[int], FeatureRepo
         words += [event.time for event in kept]
     words += [EMBEDDING_ROWS.get(item, 0) for item in candidates]
     for feature in schema.item_features:
+        if feature.source == "table":
+            continue
         words += [word(feature, item[feature.name]) for item in case.items]
     report = FeatureReport(
         unknown_user=case.stored is None and case.inline is None,
@@ -155,7 +175,7 @@ def reference(schema: FeatureSchema, case: Case) -> tuple[list[int], FeatureRepo
 @given(schemas(), st.data())
 def test_a_record_and_its_report_are_those_of_the_reference(schema: FeatureSchema, data: st.DataObject) -> None:
     case = data.draw(cases(schema))
-    assembled = Assembler(schema, VOCABULARY).assemble(case.request, case.fetched)
+    assembled = Assembler(schema, vocabularies(schema)).assemble(case.request, case.fetched)
     words, report = reference(schema, case)
     assert assembled.record.tolist() == words
     assert assembled.report == report
@@ -165,10 +185,10 @@ def test_a_record_and_its_report_are_those_of_the_reference(schema: FeatureSchem
 @given(schemas(), st.data())
 def test_an_assembler_keeps_nothing_of_one_request_for_the_next(schema: FeatureSchema, data: st.DataObject) -> None:
     first, second = data.draw(cases(schema)), data.draw(cases(schema))
-    used = Assembler(schema, VOCABULARY)
+    used = Assembler(schema, vocabularies(schema))
     used.assemble(first.request, first.fetched)
     again = used.assemble(second.request, second.fetched)
-    alone = Assembler(schema, VOCABULARY).assemble(second.request, second.fetched)
+    alone = Assembler(schema, vocabularies(schema)).assemble(second.request, second.fetched)
     assert again.record.tolist() == alone.record.tolist()
     assert again.report == alone.report
 
@@ -201,7 +221,7 @@ def assemble(
     )
     user = None if stored is None else UserRecord(history(stored), feature_row(SCHEMA.user_features, {"age": 5}))
     items = np.zeros(len(candidates), item_dtype(SCHEMA))
-    return Assembler(SCHEMA, VOCABULARY).assemble(request, Fetched(user, items, np.array(found)))
+    return Assembler(SCHEMA, VOCABULARIES).assemble(request, Fetched(user, items, np.array(found)))
 
 
 def head(assembled: Assembled) -> list[int]:

@@ -25,7 +25,7 @@ from flame_jax.pda.records import CorruptRecord, encode_user, feature_row, item_
 from flame_jax.pda.store import MAX_USER_KEY, StoreError
 from flame_jax.request import History, RankRequest
 from flame_jax.schema import Block, Feature, FeatureSchema
-from flame_jax.vocabulary import Vocabulary
+from flame_jax.vocabulary import Vocabularies, Vocabulary
 
 SCHEMA = FeatureSchema(
     actions=3,
@@ -413,7 +413,7 @@ def test_a_sign_flipped_in_a_stored_user_is_corrupt(path: Path, column: str) -> 
 def read_and_assemble(path: Path) -> None:
     with opened(path) as store:
         request = RankRequest("u", ids(3), scenario=0, request_time=100)
-        Assembler(SCHEMA, Vocabulary(ids(*IDS))).assemble(request, store.read("u", ids(3)))
+        Assembler(SCHEMA, Vocabularies(Vocabulary(ids(*IDS)), {})).assemble(request, store.read("u", ids(3)))
 
 
 ROW3, ROW5, ROW7 = (item_rows({key: 9.0}).tobytes() for key in (3, 5, 7))

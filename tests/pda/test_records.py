@@ -27,7 +27,12 @@ from tests.test_schema import feature_groups
 
 Value = int | float
 
-FEATURES = (Feature("age", "categorical", 7), Feature("tags", "bits", 31), Feature("height", "numeric"))
+FEATURES = (
+    Feature("age", "categorical", 7),
+    Feature("tags", "bits", 31),
+    Feature("height", "numeric"),
+    Feature("maker", "id", 3),
+)
 SCHEMA = FeatureSchema(actions=4, item_features=FEATURES, user_features=FEATURES)
 DTYPE = user_dtype(SCHEMA)
 KEYS = st.text(max_size=8)
@@ -39,7 +44,7 @@ def values(features: tuple[Feature, ...]) -> st.SearchStrategy[dict[str, Value]]
     one: dict[str, st.SearchStrategy[Value]] = {
         f.name: st.floats(width=32, allow_nan=False, allow_infinity=False)
         if f.kind == "numeric"
-        else st.integers(0, f.limit - 1)
+        else st.integers(*((-1, 2**63 - 1) if f.kind == "id" else (0, f.limit - 1)))
         for f in features
     }
     return st.fixed_dictionaries({}, optional=one)
@@ -148,12 +153,13 @@ def test_found_items_line_up_with_the_ids_asked_for(data: st.DataObject) -> None
     rows = np.zeros(len(stored), dtype)
     rows["id"] = stored
     rows["age"] = np.arange(1, len(stored) + 1)
-    out, found = decode_items(np.array(ids, np.int64), rows)
+    out, found = decode_items(np.array(ids, np.int64), rows, SCHEMA.item_features)
     ages = {key: age for age, key in enumerate(stored, start=1)}
     assert out.dtype == dtype
     assert out["id"].tolist() == ids
     assert found.tolist() == [key in ages for key in ids]
     assert out["age"].tolist() == [ages.get(key, 0) for key in ids]
+    assert out["maker"].tolist() == [0 if key in ages else -1 for key in ids]
 
 
 @pytest.mark.parametrize(
@@ -174,7 +180,7 @@ def test_rows_that_do_not_echo_distinct_ids_asked_for_in_order_are_corrupt(asked
     rows = np.zeros(len(echoed), item_dtype(SCHEMA))
     rows["id"] = echoed
     with pytest.raises(CorruptRecord):
-        decode_items(np.array(asked, np.int64), rows)
+        decode_items(np.array(asked, np.int64), rows, SCHEMA.item_features)
 
 
 @settings(deadline=None, max_examples=100)
@@ -185,7 +191,8 @@ def test_a_feature_row_holds_the_values_named_and_zero_for_the_rest(
     named = data.draw(values(features))
     row = feature_row(features, named)
     assert row.shape == ()
-    assert {f.name: row[f.name].item() for f in features} == {f.name: 0 for f in features} | named
+    nothing = {f.name: -1 if f.kind == "id" else 0 for f in features}
+    assert {f.name: row[f.name].item() for f in features} == nothing | named
 
 
 @pytest.mark.parametrize(
@@ -198,6 +205,9 @@ def test_a_feature_row_holds_the_values_named_and_zero_for_the_rest(
         ("age", 3.0),
         ("age", float("nan")),
         ("age", float("inf")),
+        ("maker", -2),
+        ("maker", 2**63),
+        ("maker", 3.0),
         ("tags", -1),
         ("tags", 2**31),
         ("tags", 2**32 + 1),
@@ -221,8 +231,8 @@ def test_a_value_outside_its_feature_or_of_no_feature_is_refused(name: str, valu
 
 def test_the_largest_values_of_each_feature_are_kept() -> None:
     largest = float(np.finfo(np.float32).max)
-    row = feature_row(FEATURES, {"age": 6, "tags": 2**31 - 1, "height": -largest})
-    assert row.item() == (6, 2**31 - 1, -largest)
+    row = feature_row(FEATURES, {"age": 6, "tags": 2**31 - 1, "height": -largest, "maker": 2**63 - 1})
+    assert row.item() == (6, 2**31 - 1, -largest, 2**63 - 1)
 
 
 def test_a_feature_row_of_no_features_takes_no_space() -> None:

@@ -27,7 +27,7 @@ from flame_jax.pda.lmdb_store import LmdbWriter
 from flame_jax.pda.records import feature_row, item_dtype
 from flame_jax.request import History
 from flame_jax.schema import Block, Feature, FeatureSchema
-from flame_jax.vocabulary import Vocabulary
+from flame_jax.vocabulary import Vocabularies, Vocabulary
 from tests.packed import EPOCH
 
 SCHEMA = FeatureSchema(
@@ -100,7 +100,7 @@ def build(folder: Path, ladder: tuple[tuple[int, int], ...] = LADDER) -> Files:
         model=MODEL,
         export=ExportConfig(artifact=str(folder / "artifact"), version="7", buckets=ladder),
     )
-    checkpoint = Checkpoint(1, MODEL, SCHEMA, vocabulary, weights, [])
+    checkpoint = Checkpoint(1, MODEL, SCHEMA, Vocabularies(vocabulary, {}), weights, [])
     export(config, checkpoint, jax.devices()[0], progress=False)
     return Files(folder / "store", folder / "artifact", weights, vocabulary, histories, rows, features)
 
@@ -113,7 +113,7 @@ def with_ladder(files: Files, folder: Path, ladder: tuple[tuple[int, int], ...])
         model=MODEL,
         export=ExportConfig(artifact=str(folder / "artifact"), version="7", buckets=ladder),
     )
-    checkpoint = Checkpoint(1, MODEL, SCHEMA, files.vocabulary, files.weights, [])
+    checkpoint = Checkpoint(1, MODEL, SCHEMA, Vocabularies(files.vocabulary, {}), files.weights, [])
     export(config, checkpoint, jax.devices()[0], progress=False)
     return replace(files, artifact=folder / "artifact")
 

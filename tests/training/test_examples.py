@@ -15,7 +15,7 @@ from flame_jax.pda.lmdb_store import LmdbStore, LmdbWriter
 from flame_jax.pda.records import feature_row, item_dtype
 from flame_jax.request import History
 from flame_jax.training.examples import Batch, Dataset, Example, Packer, sample_examples, split_points
-from flame_jax.vocabulary import Vocabulary
+from flame_jax.vocabulary import Vocabularies, Vocabulary
 from tests import tiny
 
 LABELS = {"like": [3, 4], "love": [4]}
@@ -31,14 +31,14 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 def load(path: Path) -> Dataset:
     store = LmdbStore(path, tiny.SCHEMA)
-    dataset = Dataset(store, tiny.SCHEMA)
+    dataset = Dataset(store, tiny.SCHEMA, LABELS)
     store.close()
     return dataset
 
 
 @pytest.fixture(scope="module")
 def packer(dataset: Dataset) -> Packer:
-    return Packer(dataset, tiny.vocabulary(), tiny.LAYOUT, BUCKET, LABELS)
+    return Packer(dataset, tiny.vocabularies(), tiny.LAYOUT, BUCKET)
 
 
 def test_the_data_set_is_what_the_store_holds(dataset: Dataset) -> None:
@@ -93,14 +93,18 @@ def test_chunks_differ_between_epochs_but_not_between_runs() -> None:
 
 
 def candidates_of(batch: Batch) -> Iterator[tuple[Example, int, int]]:
-    for example, first in batch.examples:
+    for example, first, _ in batch.examples:
         for at in range(example.start, example.stop):
             yield example, at, first + at - example.start
 
 
 def epoch_batches(dataset: Dataset, packer: Packer, stops: np.ndarray) -> list[Batch]:
     random = np.random.default_rng(0)
-    return list(packer.batches(sample_examples(stops, chunk=8, min_history=3, random=random)))
+    return batches_of(packer, sample_examples(stops, chunk=8, min_history=3, random=random))
+
+
+def batches_of(packer: Packer, examples: list[Example]) -> list[Batch]:
+    return [packer.pack(group) for group in packer.groups(examples)]
 
 
 def test_packed_batches_are_what_a_naive_reading_of_the_histories_gives(dataset: Dataset, packer: Packer) -> None:
@@ -109,12 +113,12 @@ def test_packed_batches_are_what_a_naive_reading_of_the_histories_gives(dataset:
     seen: list[tuple[int, int]] = []
     for batch in epoch_batches(dataset, packer, stops):
         fields = packer.slot.views(batch.words)
-        for row, (example, first) in enumerate(batch.examples):
+        for row, (example, first, count) in enumerate(batch.examples):
             history = tiny.user_history(example.user)
             features = dataset.users[example.user][1].features
             words = fields["rows"][row]
             tokens = first + BUCKET.tokens - BUCKET.candidates
-            count = example.stop - example.start
+            assert count == example.stop - example.start
             assert words[1:5].tolist() == [tokens, count, 0, history.timestamps[example.start]]
             assert fields["user.age"][row] == features["age"]
             assert fields["user.height"][row] == features["height"]
@@ -160,7 +164,7 @@ def test_nothing_held_out_is_in_any_training_batch(dataset: Dataset, packer: Pac
     stops = split_points(dataset.lengths(), 0.3)
     for batch in epoch_batches(dataset, packer, stops):
         fields = packer.slot.views(batch.words)
-        for row, (example, _) in enumerate(batch.examples):
+        for row, (example, _, _) in enumerate(batch.examples):
             history = tiny.user_history(example.user)
             held = set(tiny.vocabulary().lookup(history.item_ids[stops[example.user] :]).tolist())
             start, _, _, _, request_time, *lengths = fields["rows"][row].tolist()
@@ -176,12 +180,12 @@ def test_a_candidate_is_never_in_its_own_history_even_when_times_tie(tmp_path: P
     history = History(tiny.ITEM_IDS[:10], np.full(10, 4, np.int32), times)
     small = write(tmp_path, {"a": history})
     for start in range(10):
-        example = Example(0, start, 10)
-        request, _ = small.request(example)
+        example = Example(0, start, start, 10)
+        request, _ = small.request(example, history.item_ids[start:])
         assert request.history is not None
         assert request.history.item_ids.tolist() == tiny.ITEM_IDS[:start].tolist()
-        packer = Packer(small, tiny.vocabulary(), tiny.LAYOUT, BUCKET, LABELS)
-        (batch,) = packer.batches([example])
+        packer = Packer(small, tiny.vocabularies(), tiny.LAYOUT, BUCKET)
+        (batch,) = batches_of(packer, [example])
         rows = packer.slot.views(batch.words)["rows"]
         assert rows[0, 5:].tolist() == [start, start]
 
@@ -203,7 +207,7 @@ def test_an_item_without_a_record_has_features_of_zero_as_it_has_when_served(mis
     ids = np.arange(10, 20, dtype=np.int64)
     history = History(ids, np.full(10, 4, np.int32), np.arange(10, dtype=np.int64))
     small = write(tmp_path, {"a": history}, items=np.delete(ids, missing))
-    request, fetched = small.request(Example(0, 0, 10))
+    request, fetched = small.request(Example(0, 0, 0, 10), ids)
     store = LmdbStore(tmp_path / "store", tiny.SCHEMA)
     served = store.read("a", request.candidates)
     store.close()
@@ -215,39 +219,38 @@ def test_an_item_without_a_record_has_features_of_zero_as_it_has_when_served(mis
 
 def test_an_event_of_an_item_outside_the_vocabulary_is_packed_as_unknown(dataset: Dataset) -> None:
     few = Vocabulary(tiny.ITEM_IDS[:5])
-    packer = Packer(dataset, few, tiny.LAYOUT, BUCKET, LABELS)
-    (batch,) = packer.batches([Example(0, 10, 20)])
+    packer = Packer(dataset, Vocabularies(few, {}), tiny.LAYOUT, BUCKET)
+    (batch,) = batches_of(packer, [Example(0, 10, 10, 20)])
     fields = packer.slot.views(batch.words)
     history = tiny.user_history(0)
-    ((_, first),) = batch.examples
+    ((_, first, _),) = batch.examples
     tokens = slice(first + BUCKET.tokens - BUCKET.candidates, None)
     assert fields["item"][0, tokens][:10].tolist() == few.lookup(history.item_ids[10:20]).tolist()
 
 
 def test_batches_are_filled_in_order_and_none_is_empty(dataset: Dataset, packer: Packer) -> None:
     examples = sample_examples(dataset.lengths(), chunk=8, min_history=3, random=np.random.default_rng(3))
-    batches = list(packer.batches(examples))
-    assert [example for batch in batches for example, _ in batch.examples] == examples
+    batches = batches_of(packer, examples)
+    assert [example for batch in batches for example, _, _ in batch.examples] == examples
     assert all(0 < len(batch.examples) <= tiny.LAYOUT.max_requests for batch in batches)
-    assert list(packer.batches([])) == []
+    assert packer.groups([]) == []
 
 
 def test_batches_share_no_memory(dataset: Dataset, packer: Packer) -> None:
-    one, two = list(packer.batches([Example(user, 3, 20) for user in range(8)]))[:2]
+    one, two = batches_of(packer, [Example(user, 3, 3, 20) for user in range(8)])[:2]
     for a, b in ((one.words, two.words), (one.labels, two.labels), (one.mask, two.mask)):
         assert not np.shares_memory(a, b)
 
 
 def test_an_example_that_no_slot_holds_is_refused(dataset: Dataset) -> None:
-    packer = Packer(dataset, tiny.vocabulary(), Layout(align=8, max_requests=4), Bucket(32, 8), LABELS)
+    packer = Packer(dataset, tiny.vocabularies(), Layout(align=8, max_requests=4), Bucket(32, 8))
     with pytest.raises(ValueError, match="do not fit"):
-        list(packer.batches([Example(0, 3, 15)]))
+        batches_of(packer, [Example(0, 3, 3, 15)])
 
 
 def test_labels_follow_the_order_of_tasks(dataset: Dataset) -> None:
-    example = Example(4, 0, 20)
     actions = tiny.user_history(4).actions[:20]
-    labels = dataset.labels(example, {"love": [4], "like": [3, 4]})
+    labels = dataset.candidates(4, 0, 20, None).labels
     assert labels.dtype == np.float32
     assert labels[:, 0].tolist() == (actions >= 3).astype(float).tolist()
     assert labels[:, 1].tolist() == (actions == 4).astype(float).tolist()
