@@ -48,7 +48,7 @@ def test_bfloat16_becomes_float32_exactly(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ending", ["safetensors", "npz"])
 def test_types_that_numpy_has(ending: str, tmp_path: Path) -> None:
-    tensors = {
+    tensors: dict[str, np.ndarray] = {
         "layers/w": np.array([[1, 2, 3], [4, 5, 6]], np.float32),
         "half": np.array([0.1, 6e-8, np.inf], np.float16),
         "double": np.array([math.pi, 1e300, -1e300, 1e-300], np.float64),
