@@ -20,7 +20,7 @@ from flame_jax.pallas_kernels.sumi_attention.types import Silu
 WIDTH, HEADS, DQK, DV, DEPTH, DIVISOR = 12, 3, 4, 6, 2, 30.0
 HISTORY, CANDIDATES, ALIGN = 13, 5, 16
 MIXED, VALUES = 2 * HEADS * (DQK + DV), HEADS * DV
-SIZES = {"num_heads": HEADS, "attention_dim": DQK, "hidden_dim": DV}
+SIZES: dict[str, Any] = {"num_heads": HEADS, "attention_dim": DQK, "hidden_dim": DV}
 BLOCK = "_hstu_block._attention_layers"
 
 
