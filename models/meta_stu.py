@@ -11,7 +11,7 @@ import numpy as np
 
 from flame_jax.config import HstuConfig, ModelConfig
 from flame_jax.models.hstu_layer import hstu_layer
-from flame_jax.models.params import misfits
+from flame_jax.models.public_layers import PublicStack, Sizes, Spelling, Spellings
 from flame_jax.packing import CANDIDATE_COUNT, CANDIDATE_START, HISTORY_LENGTH, HISTORY_START, row_width
 from flame_jax.pallas_kernels.sumi_attention.api import sumi_attention
 from flame_jax.pallas_kernels.sumi_attention.types import Silu
@@ -20,15 +20,21 @@ ALIGN = 16
 
 Stack = Callable[[jax.Array | np.ndarray, np.ndarray], jax.Array]
 
-_NAMES = {
-    "_uvqk_weight": "uvqk_w",
-    "_uvqk_beta": "uvqk_b",
-    "_input_norm_weight": "input_scale",
-    "_input_norm_bias": "input_shift",
-    "_output_weight": "out_w",
-    "_output_norm_weight": "output_scale",
-    "_output_norm_bias": "output_shift",
-}
+
+def _spell(sizes: Sizes, width: int) -> Spellings:
+    values, mixed = sizes.values, sizes.mixed
+    return {
+        "uvqk_w": (Spelling("_uvqk_weight", (width, mixed)),),
+        "uvqk_b": (Spelling("_uvqk_beta", (mixed,)),),
+        "input_scale": (Spelling("_input_norm_weight", (width,)),),
+        "input_shift": (Spelling("_input_norm_bias", (width,)),),
+        "out_w": (Spelling("_output_weight", (3 * values, width)),),
+        "output_scale": (Spelling("_output_norm_weight", (values,)),),
+        "output_shift": (Spelling("_output_norm_bias", (values,)),),
+    }
+
+
+META_STU = PublicStack("an STU stack", "_stu_layers", _spell)
 
 
 def layers_from_meta(
@@ -36,34 +42,12 @@ def layers_from_meta(
 ) -> dict[str, np.ndarray]:
     """`_stu_layers.{i}.<name>` tensors to our stacked `layers/...` weights (docs/models.md, `dlrm_v3`), float32.
 
+    They may lie under any one prefix.
+
     Raises:
         ValueError: naming every missing, extra and misshapen tensor.
     """
-    numbers = sorted(
-        {int(n.split(".")[1]) for n in state if n.startswith("_stu_layers.") and n.split(".")[1].isdigit()}
-    )
-    depth = len(numbers)
-    if numbers != list(range(depth)) or not depth:
-        raise ValueError(f"no _stu_layers.0 to .N - 1 in the state, but {numbers}")
-    values, mixed = num_heads * hidden_dim, 2 * num_heads * (hidden_dim + attention_dim)
-    first = state.get("_stu_layers.0._input_norm_weight")
-    width = 0 if first is None else first.shape[0]
-    shapes: dict[str, tuple[int, ...]] = {
-        "_uvqk_weight": (width, mixed),
-        "_uvqk_beta": (mixed,),
-        "_input_norm_weight": (width,),
-        "_input_norm_bias": (width,),
-        "_output_weight": (3 * values, width),
-        "_output_norm_weight": (values,),
-        "_output_norm_bias": (values,),
-    }
-    expected = {f"_stu_layers.{i}.{name}": shape for i in range(depth) for name, shape in shapes.items()}
-    if problems := misfits(expected, state):
-        raise ValueError("not an STU stack of these sizes: " + "; ".join(problems))
-    return {
-        ours: np.stack([np.asarray(state[f"_stu_layers.{i}.{theirs}"], np.float32) for i in range(depth)])
-        for theirs, ours in _NAMES.items()
-    }
+    return META_STU.layers(state, Sizes(num_heads, attention_dim, hidden_dim))
 
 
 def stack_from_meta(

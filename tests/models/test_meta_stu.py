@@ -98,3 +98,11 @@ def test_a_state_that_does_not_fit_is_refused_with_every_name() -> None:
 def test_segments_that_overlap_or_leave_x_are_refused(segments: list[list[int]]) -> None:
     with pytest.raises(ValueError, match="segments"):
         STACK(np.zeros((10, WIDTH), np.float32), np.array(segments, np.int32))
+
+
+def test_the_stack_may_lie_anywhere_but_only_once() -> None:
+    whole = {f"_hstu_transducer._stu_module.{name}": value for name, value in STATE.items()}
+    found, expected = layers_from_meta(whole, **SIZES), layers_from_meta(STATE, **SIZES)
+    assert all(np.array_equal(found[name], value) for name, value in expected.items())
+    with pytest.raises(ValueError, match=r"_hstu_transducer\._stu_module\._stu_layers and other\._stu_layers"):
+        layers_from_meta(whole | {f"other.{name}": value for name, value in STATE.items()}, **SIZES)
