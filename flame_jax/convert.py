@@ -19,7 +19,7 @@ from flame_jax.models.meta_stu import META_STU
 from flame_jax.models.placement import Choices, Placed, ReadStack, not_finite, place
 from flame_jax.models.public_layers import Layers, PublicStack, Sizes
 from flame_jax.models.recsys_examples import RECSYS_EXAMPLES, heads_inside
-from flame_jax.models.serving import abstract_model, check_weights
+from flame_jax.models.serving import abstract_model, check_weights, weight_specs
 from flame_jax.models.tensors import TensorError, read_tensors
 
 PROG = "python -m flame_jax.convert"
@@ -83,8 +83,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--from", dest="format", required=True, choices=[*PUBLIC, "flame"], help="whose names they have")
     add("--config", metavar="FILE", help="YAML file; not needed for a checkpoint of ours")
     add("--out", required=True, metavar="PATH", help="a new checkpoint folder, or a new file X.safetensors")
-    add("--vocabulary", metavar="FILE.npy", help="int64 item ids, in the order of the item table's rows")
-    add("--no-unknown-row", action="store_true", help="SRC's item tables have no out-of-vocabulary row 0")
+    add(
+        "--vocabulary",
+        action="append",
+        default=[],
+        metavar="[FEATURE=]FILE.npy",
+        help="int64 item ids in the order of the item table's rows, or the keys of an id feature, as item.brand",
+    )
+    add("--no-unknown-row", action="store_true", help="SRC's tables of ids have no out-of-vocabulary row 0")
     add("--rename", action="append", default=[], metavar="OURS=THEIRS", help="our weight's name in SRC")
     add("--fresh", action="append", default=[], metavar="GLOB", help="our weights that keep their initial value")
     add("--ignore", action="append", default=[], metavar="GLOB", help="SRC's tensors that are left out")
@@ -94,6 +100,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args.rename = {ours: theirs for ours, _, theirs in renames}
     if not all(ours and theirs for ours, theirs in args.rename.items()) or len(args.rename) != len(renames):
         parser.error("--rename takes OURS=THEIRS, once for each of ours")
+    vocabularies = [text.rpartition("=") for text in args.vocabulary]
+    args.vocabulary = {feature: path for feature, _, path in vocabularies}
+    if len(args.vocabulary) != len(vocabularies) or not all(args.vocabulary.values()):
+        parser.error("--vocabulary takes a file, once for the items and once for each id feature")
     if args.heads_outermost and args.format != "recsys-examples":
         parser.error("--heads-outermost is for --from recsys-examples only")
     return args
@@ -122,10 +132,10 @@ def convert(args: argparse.Namespace, config: Config | None) -> tuple[Checkpoint
         config.schema,
         Choices(args.rename, args.fresh, args.ignore, not args.no_unknown_row),
         seed=config.train.seed,
-        ids=read_ids(args.vocabulary) if args.vocabulary else None,
+        ids={feature: read_ids(path) for feature, path in args.vocabulary.items()},
         read_stack=read_stack,
     )
-    checkpoint = Checkpoint(0, config.model, config.schema, placed.vocabulary, placed.weights, [])
+    checkpoint = Checkpoint(0, config.model, config.schema, placed.vocabularies, placed.weights, [])
     return checkpoint, describe(placed)
 
 
@@ -144,7 +154,8 @@ def own_checkpoint(args: argparse.Namespace, config: Config | None) -> Checkpoin
     checkpoint = load_checkpoint(args.source) if folder else load_safetensors(args.source)
     if config is not None:
         checkpoint.check_fits(config.model, config.schema, args.source)
-    check_weights(abstract_model(checkpoint.model, checkpoint.schema, checkpoint.vocabulary.rows), checkpoint.weights)
+    model = abstract_model(checkpoint.model, checkpoint.schema, checkpoint.vocabularies.items.rows)
+    check_weights(weight_specs(model), checkpoint.weights)
     if bad := not_finite(checkpoint.weights):
         raise CheckpointError(f"checkpoint {args.source} has weights that are not finite everywhere: {', '.join(bad)}")
     return checkpoint
@@ -194,7 +205,7 @@ def save(checkpoint: Checkpoint, path: str) -> None:
 def describe(placed: Placed) -> str:
     """What became of weights and tensors."""
     brought = len(placed.weights) - len(placed.fresh)
-    parts = [f"{len(placed.weights)} weights, {brought} of them from SRC, {len(placed.vocabulary.keys)} items"]
+    parts = [f"{len(placed.weights)} weights, {brought} of them from SRC, {len(placed.vocabularies.items.keys)} items"]
     for title, names in (("fresh", placed.fresh), ("ignored", placed.ignored)):
         parts.append(f"{title}: {', '.join(names) or 'none'}")
     return "; ".join(parts)

@@ -18,30 +18,33 @@ from flame_jax.config import ModelConfig
 from flame_jax.models.checkpoint import Checkpoint, CheckpointError
 from flame_jax.models.tensors import first_line
 from flame_jax.schema import FeatureSchema
-from flame_jax.vocabulary import Vocabulary
+from flame_jax.vocabulary import Vocabularies, Vocabulary
 
 FORMAT = 1
 SUFFIX = ".safetensors"
 METADATA = "flame_jax"
 """Key of the header's metadata that describes the checkpoint, as JSON."""
 VOCABULARY = "vocabulary"
+FEATURE_VOCABULARY = "vocabulary/"
 OPTIMIZER = "optimizer/"
 
 
 def save_safetensors(checkpoint: Checkpoint, path: str | Path) -> None:
     """Write a checkpoint as one file, whole or not at all; a file there is replaced.
 
-    Weights lie under their own names (docs/models.md), the item ids as `vocabulary` (int64, ascending), the
-    optimiser's leaves as `optimizer/00000` and so on.
+    Weights lie under their own names (docs/models.md), the item ids as `vocabulary` (int64, ascending), an id
+    feature's keys as `vocabulary/<group>.<name>`, the optimiser's leaves as `optimizer/00000` and so on.
 
     Raises:
         CheckpointError: a weight has one of those other names, or the file can't be written.
     """
     path = Path(path)
     tensors = dict(checkpoint.weights)
-    if taken := [name for name in tensors if name == VOCABULARY or name.startswith(OPTIMIZER)]:
+    reserved = (FEATURE_VOCABULARY, OPTIMIZER)
+    if taken := [name for name in tensors if name == VOCABULARY or name.startswith(reserved)]:
         raise CheckpointError(f"weights can't be stored under the names {', '.join(taken)}")
-    tensors[VOCABULARY] = checkpoint.vocabulary.keys
+    tensors[VOCABULARY] = checkpoint.vocabularies.items.keys
+    tensors |= {FEATURE_VOCABULARY + name: v.keys for name, v in checkpoint.vocabularies.features.items()}
     tensors |= {f"{OPTIMIZER}{number:05d}": leaf for number, leaf in enumerate(checkpoint.optimizer)}
     about = {
         "format": FORMAT,
@@ -80,11 +83,12 @@ def load_safetensors(path: str | Path) -> Checkpoint:
         with safetensors.safe_open(path, framework="numpy") as file:
             about = _description((file.metadata() or {}).get(METADATA), path)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        schema = FeatureSchema.from_json(about["schema"])
         return Checkpoint(
             step=about["step"],
             model=ModelConfig.from_json(about["model"]),
-            schema=FeatureSchema.from_json(about["schema"]),
-            vocabulary=_vocabulary(tensors),
+            schema=schema,
+            vocabularies=_vocabularies(tensors, schema),
             optimizer=_optimizer(tensors),
             weights=tensors,  # what the two above have left
             training=about["training"],
@@ -110,14 +114,21 @@ def _description(text: str | None, path: str | Path) -> dict[str, Any]:
     return about
 
 
-def _vocabulary(tensors: dict[str, np.ndarray]) -> Vocabulary:
+def _vocabularies(tensors: dict[str, np.ndarray], schema: FeatureSchema) -> Vocabularies:
     """Take the ids out of the tensors."""
     if VOCABULARY not in tensors:
         raise ValueError(f"it has no {VOCABULARY}")
-    ids = tensors.pop(VOCABULARY)
-    # Sorting them here would leave the rows of `item` behind.
+    named = [name for name in tensors if name.startswith(FEATURE_VOCABULARY)]
+    features = {name.removeprefix(FEATURE_VOCABULARY): _ascending(name, tensors.pop(name)) for name in named}
+    vocabularies = Vocabularies(_ascending(VOCABULARY, tensors.pop(VOCABULARY)), features)
+    vocabularies.check(schema)
+    return vocabularies
+
+
+def _ascending(name: str, ids: np.ndarray) -> Vocabulary:
+    # Sorting them here would leave the rows of the table behind.
     if ids.dtype != np.int64 or ids.ndim != 1 or (np.diff(ids) <= 0).any():
-        raise ValueError(f"its {VOCABULARY} does not hold int64 ids in ascending order")
+        raise ValueError(f"its {name} does not hold int64 ids in ascending order")
     return Vocabulary(ids)
 
 

@@ -14,14 +14,14 @@ from flame_jax.config import ModelConfig
 from flame_jax.models.params import misfits
 from flame_jax.models.public_layers import Layers
 from flame_jax.models.registry import make_ranker
-from flame_jax.models.serving import abstract_model, flat_weights, flat_weights_shapes
-from flame_jax.schema import FeatureSchema
-from flame_jax.vocabulary import UNKNOWN_ROW, Vocabulary
+from flame_jax.models.serving import abstract_model, flat_weights, weight_specs
+from flame_jax.schema import FeatureSchema, feature_field
+from flame_jax.vocabulary import UNKNOWN_ROW, Vocabularies, Vocabulary
 
 VOCABULARY = "vocabulary"
 STACK = "layers/"
-ITEM_TABLES = ("item", "item_bias")
-"""Weights with one row per item."""
+ITEMS = ""
+"""Stands for the items where an id feature's name is asked for."""
 
 ReadStack = Callable[[Mapping[str, np.ndarray], Collection[str]], Layers]
 """(tensors, weights to leave out, without `layers/`) -> the layers stored under public names."""
@@ -32,10 +32,10 @@ class Choices:
     """What a person says of tensors that our names do not settle.
 
     Attributes:
-        rename: our name, or `vocabulary` -> theirs.
+        rename: our name, or a vocabulary's -> theirs.
         fresh: patterns of our weights that keep their initial value.
         ignore: patterns of their tensors that are left out, before anything is looked for.
-        unknown_row: their item tables begin with an out-of-vocabulary row.
+        unknown_row: their tables of ids begin with an out-of-vocabulary row.
     """
 
     rename: Mapping[str, str] = field(default_factory=dict)
@@ -48,13 +48,13 @@ class Placed(NamedTuple):
     """A model's weights, and where they are from.
 
     Attributes:
-        weights: our name -> float32, in the model's order.
+        weights: our name -> array, in the model's order.
         fresh: our names at their initial value.
         ignored: their names left out.
     """
 
     weights: dict[str, np.ndarray]
-    vocabulary: Vocabulary
+    vocabularies: Vocabularies
     fresh: list[str]
     ignored: list[str]
 
@@ -66,7 +66,7 @@ def place(
     choices: Choices,
     *,
     seed: int,
-    ids: np.ndarray | None = None,
+    ids: Mapping[str, np.ndarray] | None = None,
     read_stack: ReadStack | None = None,
 ) -> Placed:
     """Make a model's weights of named tensors.
@@ -74,19 +74,22 @@ def place(
     Args:
         tensors: theirs; under our names, but for what `choices` and `read_stack` say.
         seed: of the initial values.
-        ids: int64[n], external ids in the order of their item tables' rows; None takes the tensor `vocabulary`.
+        ids: int64[n] external ids in the order of their tables' rows, by id feature (`item.brand`) and of the items
+            under ITEMS; one that is not given is the tensor `vocabulary/item.brand`, or `vocabulary`.
         read_stack: reads `layers/...`; None expects them under our names too.
 
     Raises:
-        ValueError: naming everything that is missing, extra, misshapen, no float or not finite, and every choice that
-            has no effect.
+        ValueError: naming everything that is missing, extra, misshapen, of another kind or not finite, and every
+            choice that has no effect.
     """
     problems: list[str] = []
     ignored = _matched("--ignore", choices.ignore, tensors, "a tensor", problems)
     tensors = {name: tensor for name, tensor in tensors.items() if name not in ignored}
-    taken, ids = _ids(tensors, choices, ids)
-    vocabulary = Vocabulary(ids)
-    shapes = flat_weights_shapes(abstract_model(config, schema, vocabulary.rows))
+    id_tensors, row_ids = _all_ids(tensors, schema, choices, ids or {})
+    taken = set(id_tensors)
+    vocabularies = _vocabularies(row_ids, schema)
+    specs = weight_specs(abstract_model(config, schema, vocabularies.items.rows))
+    shapes = {name: tuple(spec.shape) for name, spec in specs.items()}
     fresh = _matched("--fresh", choices.fresh, shapes, "a weight", problems)
     wanted = [name for name in shapes if name not in fresh]
 
@@ -95,28 +98,30 @@ def place(
         stack, names = _read_stack(read_stack, tensors, shapes, fresh, problems)
         taken |= names
         wanted = [name for name in wanted if not name.startswith(STACK)]
-    _check_renames(choices, shapes, fresh, STACK if read_stack else None, problems)
+    _check_renames(choices, {*shapes, *map(_vocabulary_name, row_ids)}, fresh, STACK if read_stack else None, problems)
     theirs = {name: choices.rename.get(name, name) for name in wanted}
     problems += _used_twice(theirs, taken)
     spare = 0 if choices.unknown_row else 1
-    expected = {theirs[n]: (shapes[n][0] - spare, *shapes[n][1:]) if n in ITEM_TABLES else shapes[n] for n in wanted}
+    by_id = {name: row_ids[feature] for name in wanted if (feature := _whose_ids(name, schema)) is not None}
+    expected = {theirs[n]: (shapes[n][0] - spare, *shapes[n][1:]) if n in by_id else shapes[n] for n in wanted}
     problems += misfits(expected, {name: t for name, t in tensors.items() if name in expected or name not in taken})
     taken |= set(expected)
-    problems += _unusable(tensors, [name for name in tensors if name in taken and tensors[name] is not ids])
+    kinds = {theirs[name]: specs[name].dtype.kind for name in wanted}
+    problems += _unusable(tensors, {n: kinds.get(n, "f") for n in tensors if n in taken and n not in id_tensors})
     if problems:
         raise ValueError("the tensors do not fit the model: " + "; ".join(problems))
 
-    found = {name: tensors[theirs[name]] for name in wanted} | stack
-    found |= {name: _by_id(found[name], ids, choices.unknown_row) for name in ITEM_TABLES if name in found}
+    found = {name: tensors[theirs[name]].astype(specs[name].dtype, copy=False) for name in wanted} | stack
+    found |= {name: _by_id(found[name], ids_of, choices.unknown_row) for name, ids_of in by_id.items()}
     if fresh:
-        initial = flat_weights(make_ranker(config, schema, vocabulary.rows, rngs=nnx.Rngs(seed)))
+        initial = flat_weights(make_ranker(config, schema, vocabularies.items.rows, rngs=nnx.Rngs(seed)))
         found |= {name: initial[name] for name in fresh}
-    return Placed({name: found[name] for name in shapes}, vocabulary, fresh, ignored)
+    return Placed({name: found[name] for name in shapes}, vocabularies, fresh, ignored)
 
 
 def not_finite(weights: Mapping[str, np.ndarray]) -> list[str]:
     """Names of the weights with a NaN or an infinity."""
-    return [name for name, value in weights.items() if not np.isfinite(value).all()]
+    return [name for name, value in weights.items() if value.dtype.kind == "f" and not np.isfinite(value).all()]
 
 
 def _matched(option: str, patterns: Iterable[str], names: Collection[str], what: str, problems: list[str]) -> list[str]:
@@ -129,18 +134,50 @@ def _matched(option: str, patterns: Iterable[str], names: Collection[str], what:
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
-def _ids(tensors: Mapping[str, np.ndarray], choices: Choices, ids: np.ndarray | None) -> tuple[set[str], np.ndarray]:
-    """The tensor that the ids are in, if it is one, and the ids."""
-    if ids is not None:
-        if VOCABULARY in choices.rename:
-            raise ValueError("the vocabulary is both given as a file and renamed")
-        return set(), ids
-    name = choices.rename.get(VOCABULARY, VOCABULARY)
-    if name not in tensors:
-        raise ValueError(f"no item ids: there is no tensor {name}, and --vocabulary names no file")
-    if tensors[name].dtype != np.int64:
-        raise ValueError(f"{name} is {tensors[name].dtype}, item ids are int64")
-    return {name}, tensors[name]
+def _vocabulary_name(feature: str) -> str:
+    return f"{VOCABULARY}/{feature}" if feature else VOCABULARY
+
+
+def _all_ids(
+    tensors: Mapping[str, np.ndarray], schema: FeatureSchema, choices: Choices, given: Mapping[str, np.ndarray]
+) -> tuple[set[str], dict[str, np.ndarray]]:
+    """The tensors that ids are in, and the ids of the items and of every id feature."""
+    features = [ITEMS, *(feature_field(group, f) for group, f in schema.features if f.kind == "id")]
+    if strange := set(given) - set(features):
+        raise ValueError(f"--vocabulary for {', '.join(sorted(strange))}: the schema has no such id feature")
+    taken, ids = set(), {}
+    for feature in features:
+        ours = _vocabulary_name(feature)
+        if feature in given:
+            if ours in choices.rename:
+                raise ValueError(f"{ours} is both given as a file and renamed")
+            ids[feature] = given[feature]
+            continue
+        theirs = choices.rename.get(ours, ours)
+        if theirs not in tensors:
+            what = f"ids of {feature}" if feature else "item ids"
+            raise ValueError(f"no {what}: there is no tensor {theirs}, and --vocabulary names no file")
+        if tensors[theirs].dtype != np.int64:
+            raise ValueError(f"{theirs} is {tensors[theirs].dtype}, ids are int64")
+        taken.add(theirs)
+        ids[feature] = tensors[theirs]
+    return taken, ids
+
+
+def _vocabularies(ids: Mapping[str, np.ndarray], schema: FeatureSchema) -> Vocabularies:
+    features = {feature: Vocabulary(of) for feature, of in ids.items() if feature != ITEMS}
+    vocabularies = Vocabularies(Vocabulary(ids[ITEMS]), features)
+    vocabularies.check(schema)
+    return vocabularies
+
+
+def _whose_ids(weight: str, schema: FeatureSchema) -> str | None:
+    """The id feature, or ITEMS, whose ids number a weight's rows; None for a weight whose rows are no ids."""
+    group, _, name = weight.partition("/")
+    if group in ("item", "item_bias", "columns"):
+        return ITEMS
+    ids = [feature_field(of, f) for of, f in schema.features if f.kind == "id"]
+    return name if group == "features" and name in ids else None
 
 
 def _read_stack(
@@ -162,7 +199,7 @@ def _read_stack(
 
 def _check_renames(
     choices: Choices,
-    shapes: Collection[str],
+    known: Collection[str],
     fresh: Collection[str],
     public: str | None,
     problems: list[str],
@@ -173,7 +210,7 @@ def _check_renames(
             problems.append(f"{ours} is both renamed and fresh")
         elif public is not None and ours.startswith(public):
             problems.append(f"--rename {ours}: layers come from their public names")
-        elif ours not in shapes and ours != VOCABULARY:
+        elif ours not in known:
             problems.append(f"--rename {ours}: the model has no such weight")
 
 
@@ -187,17 +224,23 @@ def _used_twice(theirs: Mapping[str, str], taken: Collection[str]) -> list[str]:
     ]
 
 
-def _unusable(tensors: Mapping[str, np.ndarray], names: Sequence[str]) -> list[str]:
-    """Of the tensors that become weights: those of integers, and those with a NaN or an infinity."""
-    whole = [name for name in names if tensors[name].dtype.kind != "f"]
-    bad = not_finite({name: tensors[name] for name in names if name not in whole})
-    return [f"{name} is {tensors[name].dtype}, expected float32" for name in whole] + [
-        f"{name} is not finite everywhere" for name in bad
-    ]
+def _unusable(tensors: Mapping[str, np.ndarray], kinds: Mapping[str, str]) -> list[str]:
+    """Of the tensors that become weights: those of another kind (float or integer), and those that are not finite."""
+    wrong = [name for name, kind in kinds.items() if (tensors[name].dtype.kind == "f") != (kind == "f")]
+    wide = [n for n, kind in kinds.items() if kind == "i" and n not in wrong and not _fits_int32(tensors[n])]
+    bad = not_finite({name: tensors[name] for name in kinds if name not in wrong})
+    words = {"f": "float32", "i": "int32"}
+    problems = [f"{name} is {tensors[name].dtype}, expected {words[kinds[name]]}" for name in wrong]
+    problems += [f"{name} has values that do not fit int32" for name in wide]
+    return problems + [f"{name} is not finite everywhere" for name in bad]
+
+
+def _fits_int32(values: np.ndarray) -> bool:
+    return bool((values >= -(2**31)).all() and (values < 2**31).all())
 
 
 def _by_id(table: np.ndarray, ids: np.ndarray, unknown_row: bool) -> np.ndarray:
-    """Rows in the order of their ids to a vocabulary's: the out-of-vocabulary row, then ascending ids."""
+    """Rows in the order of their ids to a vocabulary's: the out-of-vocabulary row, ascending ids, rows to spare."""
     rows = table[UNKNOWN_ROW + 1 :] if unknown_row else table
     unknown = table[: UNKNOWN_ROW + 1] if unknown_row else np.zeros_like(table[:1])
-    return np.concatenate([unknown, rows[np.argsort(ids)]])
+    return np.concatenate([unknown, rows[np.argsort(ids)], rows[len(ids) :]])

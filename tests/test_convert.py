@@ -19,10 +19,10 @@ from flame_jax.convert import PROG, main
 from flame_jax.models.checkpoint import Checkpoint, CheckpointFolder, load_checkpoint
 from flame_jax.models.interchange import load_safetensors, save_safetensors
 from flame_jax.models.registry import make_ranker
-from flame_jax.models.serving import abstract_model, check_weights, flat_weights, rank_function
+from flame_jax.models.serving import abstract_model, check_weights, flat_weights, rank_function, weight_specs
 from flame_jax.packing import Bucket, Layout, slot_layout
 from flame_jax.schema import Feature, FeatureSchema
-from flame_jax.vocabulary import Vocabulary
+from flame_jax.vocabulary import Vocabularies, Vocabulary
 from tests import tiny
 from tests.models.test_interchange import assert_same
 from tests.oracles import hstu
@@ -32,7 +32,12 @@ SCHEMA = FeatureSchema(
     tasks=("like", "love"),
     actions=4,
     block_length=12,
-    item_features=(Feature("genres", "bits", 5),),
+    item_features=(
+        Feature("genres", "bits", 5),
+        Feature("maker", "id", 6),
+        Feature("shop", "categorical", 4, "table"),
+        Feature("price", "numeric", 0, "table"),
+    ),
     user_features=(Feature("age", "numeric"),),
 )
 MODEL = ModelConfig(
@@ -48,6 +53,9 @@ MODEL = ModelConfig(
 )
 NVIDIA = dataclasses.replace(MODEL, hstu=dataclasses.replace(MODEL.hstu, variant="recsys_examples"))
 IDS = np.array([70, 2**40 + 3, 5, 11, 900, 2**40, 8], np.int64)
+MAKERS = np.array([30, 2**50, 10], np.int64)
+"""Keys of an id feature whose table has room for three more."""
+VOCABULARIES = Vocabularies(Vocabulary(IDS), {"item.maker": Vocabulary(MAKERS)})
 ROWS = len(IDS) + 1
 META_NAMES = {
     "uvqk_w": "_uvqk_weight",
@@ -79,7 +87,8 @@ def initial(model: ModelConfig = MODEL) -> Tensors:
 def ours(model: ModelConfig = MODEL) -> Tensors:
     """Weights under our names, every one away from its initial value; rows of `item` in ascending order of ids."""
     random = np.random.default_rng(0)
-    return {n: (w + 0.3 * random.normal(size=w.shape)).astype(np.float32) for n, w in initial(model).items()}
+    weights = {n: (w + 0.3 * random.normal(size=w.shape)).astype(w.dtype) for n, w in initial(model).items()}
+    return weights | {"columns/item.shop": random.integers(0, 4, ROWS).astype(np.int32)}
 
 
 def theirs(model: ModelConfig = MODEL, prefix: str = "_stu_layers.", names: dict[str, str] | None = None) -> Tensors:
@@ -91,10 +100,12 @@ def theirs(model: ModelConfig = MODEL, prefix: str = "_stu_layers.", names: dict
                 out[f"{prefix}{i}.{(names or META_NAMES)[name.removeprefix('layers/')]}"] = value[i]
         else:
             out[name] = value
-    for name in ("item", "item_bias"):
-        rows = [sorted(IDS.tolist()).index(id_) + 1 for id_ in IDS.tolist()]
+    rows = [sorted(IDS.tolist()).index(id_) + 1 for id_ in IDS.tolist()]
+    for name in ("item", "item_bias", "columns/item.shop", "columns/item.price"):
         out[name] = out[name][[0, *rows]]
-    return out | {"vocabulary": IDS}
+    rows = [sorted(MAKERS.tolist()).index(key) + 1 for key in MAKERS.tolist()]
+    out["features/item.maker"] = out["features/item.maker"][[0, *rows, 4, 5, 6]]
+    return out | {"vocabulary": IDS, "vocabulary/item.maker": MAKERS}
 
 
 class Desk:
@@ -147,7 +158,8 @@ def desk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Desk:
 def assert_is_ours(checkpoint: Checkpoint, model: ModelConfig = MODEL) -> None:
     """The whole model, rows of the item tables in ascending order of ids."""
     assert (checkpoint.step, checkpoint.model, checkpoint.schema) == (0, model, SCHEMA)
-    assert checkpoint.vocabulary.keys.tolist() == sorted(IDS.tolist())
+    assert checkpoint.vocabularies.items.keys.tolist() == sorted(IDS.tolist())
+    assert checkpoint.vocabularies.features["item.maker"].keys.tolist() == sorted(MAKERS.tolist())
     assert list(checkpoint.optimizer) == []
     assert set(checkpoint.weights) == set(ours(model))
     for name, value in ours(model).items():
@@ -160,7 +172,7 @@ def test_a_stu_stack_with_the_rest_under_our_names(ending: str, desk: Desk) -> N
     printed = desk.run("--from", "meta-stu", source, *desk.config())
     checkpoint = load_checkpoint(desk.out)
     checkpoint.check_fits(MODEL, SCHEMA, desk.out)
-    check_weights(abstract_model(MODEL, SCHEMA, ROWS), checkpoint.weights)
+    check_weights(weight_specs(abstract_model(MODEL, SCHEMA, ROWS)), checkpoint.weights)
     assert_is_ours(checkpoint)
     assert f"model brought, step 0, {len(ours())} weights, {len(ours())} of them from SRC, 7 items" in printed
     assert "fresh: none; ignored: none" in printed
@@ -200,7 +212,7 @@ def test_a_converted_model_scores_as_the_oracle_does(desk: Desk) -> None:
 
 
 def test_names_of_ours_without_our_metadata(desk: Desk) -> None:
-    tensors = ours() | {"vocabulary": np.sort(IDS)}
+    tensors = ours() | {"vocabulary": np.sort(IDS), "vocabulary/item.maker": np.sort(MAKERS)}
     desk.run("--from", "flame", desk.source(tensors, "safetensors"), *desk.config())
     assert_is_ours(load_checkpoint(desk.out))
 
@@ -212,14 +224,40 @@ def test_a_vocabulary_file_in_another_order(desk: Desk) -> None:
     assert_is_ours(load_checkpoint(desk.out))
 
 
+def test_keys_of_an_id_feature_come_from_a_file_of_their_own(desk: Desk) -> None:
+    tensors = theirs()
+    np.save(desk.folder / "makers.npy", tensors.pop("vocabulary/item.maker"))
+    assert "no ids of item.maker" in desk.refusal(*desk.meta(tensors))
+    assert "item.colour" in desk.refusal(*desk.meta(tensors, "--vocabulary", f"item.colour={desk.folder}/makers.npy"))
+    desk.run(*desk.meta(tensors, "--vocabulary", f"item.maker={desk.folder}/makers.npy"))
+    assert_is_ours(load_checkpoint(desk.out))
+
+
+def test_more_keys_than_the_feature_has_room_for_are_refused(desk: Desk) -> None:
+    tensors = theirs() | {"vocabulary/item.maker": np.arange(7)}
+    assert "item.maker has 7 ids, its size is 6" in desk.refusal(*desk.meta(tensors))
+
+
+def test_columns_keep_the_kind_of_their_feature(desk: Desk) -> None:
+    wrong = theirs()
+    wrong["columns/item.shop"] = wrong["columns/item.shop"].astype(np.float32)
+    wrong["columns/item.price"] = np.arange(ROWS)
+    said = desk.refusal(*desk.meta(wrong))
+    assert "columns/item.shop is float32, expected int32" in said
+    assert "columns/item.price is int64, expected float32" in said
+    wide = theirs() | {"columns/item.shop": np.full(ROWS, 2**31)}
+    assert "columns/item.shop has values that do not fit int32" in desk.refusal(*desk.meta(wide))
+
+
 def test_tables_without_an_unknown_row_get_one_of_zeros(desk: Desk) -> None:
     tensors = theirs()
-    for name in ("item", "item_bias"):
+    by_id = ("item", "item_bias", "features/item.maker", "columns/item.shop", "columns/item.price")
+    for name in by_id:
         tensors[name] = tensors[name][1:]
     assert "item is (7, 12), expected (8, 12)" in desk.refusal(*desk.meta(tensors))
     desk.run(*desk.meta(tensors, "--no-unknown-row"))
     found = load_checkpoint(desk.out).weights
-    for name in ("item", "item_bias"):
+    for name in by_id:
         assert np.array_equal(found[name][1:], ours()[name][1:])
         assert not found[name][0].any()
 
@@ -242,7 +280,7 @@ def test_renamed_fresh_and_ignored(desk: Desk) -> None:
     ]
     printed = desk.run(*desk.meta(tensors, *flags))
     found = load_checkpoint(desk.out)
-    assert found.vocabulary.keys.tolist() == sorted(IDS.tolist())
+    assert found.vocabularies.items.keys.tolist() == sorted(IDS.tolist())
     left = [name for name in ours() if name.startswith("head/") or name == "item_bias"]
     for name, value in ours().items():
         assert np.array_equal(found.weights[name], initial()[name] if name in left else value), name
@@ -315,7 +353,7 @@ def test_everything_that_does_not_fit_is_named_in_one_go(desk: Desk) -> None:
         (["--ignore", "_stu_layers.*"], "no _stu_layers.0"),
         (["--ignore", "vocabulary"], "--vocabulary"),
         (["--rename", "vocabulary=ids"], "no tensor ids"),
-        (["--rename", "vocabulary=item"], "item ids are int64"),
+        (["--rename", "vocabulary=item"], "ids are int64"),
         (["--vocabulary", "gone.npy"], "gone.npy"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -408,7 +446,7 @@ def own() -> Checkpoint:
         step=4,
         model=MODEL,
         schema=SCHEMA,
-        vocabulary=Vocabulary(IDS),
+        vocabularies=VOCABULARIES,
         weights=ours(),
         optimizer=[np.array(4, np.int32), np.arange(6, dtype=np.float32).reshape(2, 3)],
         training={"learning_rate": 0.1, "label_actions": {"like": [3]}},

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from flame_jax.models import interchange
 from flame_jax.models.checkpoint import Checkpoint, CheckpointError, CheckpointFolder, load_checkpoint
 from flame_jax.models.interchange import is_checkpoint_file, load_safetensors, save_safetensors
-from flame_jax.vocabulary import Vocabulary
+from flame_jax.schema import Feature
+from flame_jax.vocabulary import Vocabularies, Vocabulary
 from tests import tiny
 
 TRAINING = {"learning_rate": 0.1, "label_actions": {"like": [3, 4]}, "validation": False}
@@ -33,7 +34,10 @@ def assert_same_bits(found: np.ndarray, expected: np.ndarray) -> None:
 def assert_same(found: Checkpoint, expected: Checkpoint) -> None:
     assert (found.step, found.model, found.schema) == (expected.step, expected.model, expected.schema)
     assert found.training == expected.training
-    assert_same_bits(found.vocabulary.keys, expected.vocabulary.keys)
+    assert_same_bits(found.vocabularies.items.keys, expected.vocabularies.items.keys)
+    assert found.vocabularies.features.keys() == expected.vocabularies.features.keys()
+    for name, vocabulary in expected.vocabularies.features.items():
+        assert_same_bits(found.vocabularies.features[name].keys, vocabulary.keys)
     assert found.weights.keys() == expected.weights.keys()
     for name, value in expected.weights.items():
         assert_same_bits(found.weights[name], value)
@@ -49,7 +53,7 @@ def checkpoint() -> Checkpoint:
         "layers/qkv_w": random.normal(size=(1, 2, 16, 48)).astype(np.float32),
     }
     optimizer = [np.array(5, np.int32), np.arange(6, dtype=np.float32).reshape(2, 3)]
-    return Checkpoint(5, tiny.MODEL, tiny.SCHEMA, tiny.vocabulary(), weights, optimizer, TRAINING)
+    return Checkpoint(5, tiny.MODEL, tiny.SCHEMA, tiny.vocabularies(), weights, optimizer, TRAINING)
 
 
 @st.composite
@@ -73,7 +77,9 @@ def test_any_checkpoint_comes_back_to_the_bit(
     weights: dict[str, np.ndarray], optimizer: list[np.ndarray], ids: set[int], step: int
 ) -> None:
     vocabulary = Vocabulary(np.array(sorted(ids), np.int64))
-    saved = Checkpoint(step, tiny.MODEL, tiny.SCHEMA, vocabulary, weights, optimizer, TRAINING)
+    schema = dataclasses.replace(tiny.SCHEMA, item_features=(Feature("maker", "id", 5),))
+    vocabularies = Vocabularies(vocabulary, {"item.maker": Vocabulary(np.array(sorted(ids)[1:], np.int64))})
+    saved = Checkpoint(step, tiny.MODEL, schema, vocabularies, weights, optimizer, TRAINING)
     with TemporaryDirectory() as folder:
         save_safetensors(saved, f"{folder}/a.safetensors")
         assert os.listdir(folder) == ["a.safetensors"]
