@@ -113,6 +113,8 @@ class ModelConfig:
         position_rows: rows of the input's position table (HSTU and transformer); 0 for none.
         dtype: computing type of matrix products and activations; weights are trained in float32.
         table_dtype: type in which the embedding tables of items and side features are served.
+        item_table: where the items' embedding table is kept when serving: in device memory, so that only ids
+            travel, or in host memory, when it is larger than the device's; its rows then travel in the slot.
     """
 
     architecture: Literal["climber", "hstu", "transformer"] = "climber"
@@ -125,6 +127,7 @@ class ModelConfig:
     position_rows: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
     table_dtype: Literal["float32", "bfloat16"] = "float32"
+    item_table: Literal["device", "host"] = "device"
     head: HeadConfig = HeadConfig()
     climber: ClimberConfig = ClimberConfig()
     hstu: HstuConfig = HstuConfig()
@@ -134,6 +137,20 @@ class ModelConfig:
         _at_least(0, "model", self, "position_rows")
         if not self.name:
             raise ValueError("model.name is empty")
+        if self.item_table == "host" and self.table_dtype == "bfloat16" and self.width % 2:
+            raise ValueError(f"model.width must be even for a host table in bfloat16, not {self.width}")
+
+    @property
+    def host_words(self) -> int:
+        """4-byte words that the slot holds for a token's item embedding; 0 where the table is on the device."""
+        if self.item_table == "device":
+            return 0
+        return self.width // 2 if self.table_dtype == "bfloat16" else self.width
+
+    @property
+    def caches_history(self) -> bool:
+        """Whether history rows depend on events and scenario alone, so that their keys and values may be kept."""
+        return not (self.architecture == "hstu" and self.hstu.time_rows)
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> ModelConfig:

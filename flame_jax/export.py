@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -14,7 +15,7 @@ from flame_jax.fke.artifact import ArtifactError, Manifest, Target, jaxlib_versi
 from flame_jax.fke.buckets import make_ladder
 from flame_jax.fke.compile import compile_bucket, platform_of, serialize
 from flame_jax.models.checkpoint import Checkpoint, CheckpointError, load_checkpoint
-from flame_jax.models.serving import abstract_model, check_weights, served_weights, weight_specs
+from flame_jax.models.serving import abstract_model, check_weights, host_item_table, served_weights, weight_specs
 from flame_jax.packing import Bucket
 
 PROG = "python -m flame_jax.export"
@@ -26,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         checkpoint = load_checkpoint(config.train.checkpoint)
         checkpoint.check_fits(config.model, config.schema, config.train.checkpoint)
+        checkpoint = replace(checkpoint, model=config.model)
         manifest = export(config, checkpoint, jax.devices()[0])
     except (ArtifactError, CheckpointError, ValueError, OSError) as error:
         refuse(PROG, str(error), status=1)
@@ -68,6 +70,7 @@ def export(config: Config, checkpoint: Checkpoint, device: jax.Device, *, progre
         matmul_precision=config.export.matmul_precision,
         kernels={"sumi_attention": "xla"},
         weights=served_weights(checkpoint.model, checkpoint.weights),
+        item_table=host_item_table(checkpoint.model, checkpoint.weights),
         vocabularies=checkpoint.vocabularies,
         executables=executables,
     )

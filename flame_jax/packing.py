@@ -145,11 +145,12 @@ def check_bucket(bucket: Bucket, layout: Layout) -> None:
         )
 
 
-def slot_layout(schema: FeatureSchema, layout: Layout, bucket: Bucket) -> SlotLayout:
+def slot_layout(schema: FeatureSchema, layout: Layout, bucket: Bucket, *, host_words: int = 0) -> SlotLayout:
     """Derive the slot of `bucket` from the schema.
 
     Fields: `rows` int32[R_max, 5 + blocks]; `item`, `action`, `time` int32[blocks, T]; `item.<name>`
-    [C_max] of item features that travel; `user.<name>` and `context.<name>` [R_max].
+    [C_max] of item features that travel; `user.<name>` and `context.<name>` [R_max]; with `host_words`,
+    `embedding` int32[blocks, T, host_words], the rows of an item table in host memory.
 
     Raises:
         ValueError: the bucket is not a positive multiple of the alignment.
@@ -167,6 +168,8 @@ def slot_layout(schema: FeatureSchema, layout: Layout, bucket: Bucket) -> SlotLa
     for group, feature in schema.slot_features:
         length = candidates if group == "item" else requests
         shapes.append((feature_field(group, feature), (length,), feature.dtype))
+    if host_words:
+        shapes.append(("embedding", (blocks, tokens, host_words), int32))
     fields, offset = [], 0
     for name, shape, dtype in shapes:
         field = Field(name, offset, shape, dtype)

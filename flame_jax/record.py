@@ -30,9 +30,14 @@ class BlockEvents(NamedTuple):
 
 
 class RecordLayout:
-    """Encodes records of one schema and copies them into slots."""
+    """Encodes records of one schema and copies them into slots.
 
-    def __init__(self, schema: FeatureSchema) -> None:
+    Args:
+        item_table: int32[rows, words], embeddings of an item table in host memory, copied beside the ids.
+    """
+
+    def __init__(self, schema: FeatureSchema, item_table: np.ndarray | None = None) -> None:
+        self._item_table = item_table
         self.blocks = len(schema.blocks)
         self.candidate_action = schema.actions
         self._stride = 2 if schema.interleave else 1
@@ -103,10 +108,17 @@ class RecordLayout:
                 item[block, rows], action[block, rows] = NOTHING, NOTHING
                 item[block, rows][::2], action[block, rows][1::2] = items, actions
                 time[block, rows] = np.repeat(times, 2)
+            if self._item_table is not None:
+                embedding = slot["embedding"][block, rows]
+                embedding[:: self._stride] = self._item_table[items]
+                if self._stride == 2:
+                    embedding[1::2] = 0
         rows = slice(place.candidate_start, place.candidate_start + high - low)
         item[:, rows] = record[at + low : at + high]
         action[:, rows] = self.candidate_action
         time[:, rows] = record[_TIME]
+        if self._item_table is not None:
+            slot["embedding"][:, rows] = self._item_table[record[at + low : at + high]]
         for name in self._item_fields:
             at += count
             column = slot[name].view(np.int32)

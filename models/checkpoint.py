@@ -16,6 +16,7 @@ from flame_jax.schema import FeatureSchema
 from flame_jax.vocabulary import Vocabularies, Vocabulary
 
 KEEP = 2
+_SERVING_ONLY = {("model", "table_dtype"), ("model", "item_table")}
 
 
 class CheckpointError(Exception):
@@ -43,11 +44,14 @@ class Checkpoint:
     training: Mapping[str, Any] = field(default_factory=dict)
 
     def check_fits(self, model: ModelConfig, schema: FeatureSchema, path: str | Path) -> None:
-        """Raise CheckpointError, naming what differs, unless it was made for this configuration."""
+        """Raise CheckpointError, naming what differs, unless it was made for this configuration.
+
+        Where and in which type tables are served is decided at export, not when a model is trained.
+        """
         theirs = {"model": asdict(self.model), "schema": self.schema.to_json()}
         for section, ours in (("model", asdict(model)), ("schema", schema.to_json())):
             for name, value in ours.items():
-                if theirs[section][name] != value:
+                if theirs[section][name] != value and (section, name) not in _SERVING_ONLY:
                     raise CheckpointError(
                         f"checkpoint {path} does not fit the configuration: {section}.{name} is "
                         f"{theirs[section][name]!r} there and {value!r} here"
@@ -116,7 +120,7 @@ class CheckpointFolder:
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """The newest checkpoint in a folder. Raises CheckpointError when there is none."""
     if not Path(path).is_dir():
-        raise CheckpointError(f"no checkpoint at {path}: run flame_jax.train first")
+        raise CheckpointError(f"no checkpoint at {path}: run flame_jax.train or flame_jax.convert first")
     with CheckpointFolder(path) as folder:
         checkpoint = folder.latest()
     if checkpoint is None:

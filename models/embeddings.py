@@ -32,7 +32,7 @@ def value_columns(schema: FeatureSchema, vocabulary: int) -> nnx.Dict[Column]:
 
 
 def embed_tokens(
-    item: Param,
+    item: Param | None,
     action: Param,
     features: nnx.Dict[Param],
     columns: nnx.Dict[Column],
@@ -44,12 +44,17 @@ def embed_tokens(
     """Token embeddings of a packed batch (docs/models.md, "Tokens"); side features join the candidates only.
 
     Args:
+        item: None where the table is in host memory and its rows came with the batch.
         tail: tiles of the candidate rows, the last rows of the token axis.
 
     Returns:
         float32[blocks, T, d].
     """
-    x = _rows_or_none(item[...], packed["item"], schema) + _rows_or_none(action[...], packed["action"], schema)
+    if item is None:
+        x = brought_rows(packed["embedding"], action.shape[-1])
+    else:
+        x = _rows_or_none(item[...], packed["item"], schema)
+    x += _rows_or_none(action[...], packed["action"], schema)
     candidates = len(tail.start) * align
     extra = jnp.zeros((candidates, x.shape[-1]), x.dtype)
     request = jnp.repeat(tail.request, align, total_repeat_length=candidates)
@@ -68,6 +73,12 @@ def candidate_items(packed: dict[str, jax.Array], candidates: int) -> jax.Array:
     """int32[candidates]: item rows of the candidate part of the token axis."""
     # Candidates have an item, but a row of the history that lies in the candidate part may have none.
     return jnp.maximum(packed["item"][0, -candidates:], 0)
+
+
+def brought_rows(words: jax.Array, width: int) -> jax.Array:
+    """float32[..., width] of the embeddings in int32[..., words]: float32, or two bfloat16 a word."""
+    dtype = jnp.float32 if words.shape[-1] == width else jnp.bfloat16
+    return jax.lax.bitcast_convert_type(words, dtype).reshape(*words.shape[:-1], width).astype(jnp.float32)
 
 
 def _rows_or_none(table: jax.Array, rows: jax.Array, schema: FeatureSchema) -> jax.Array:

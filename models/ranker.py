@@ -14,7 +14,7 @@ from flame_jax.config import ModelConfig
 from flame_jax.models.embeddings import EMBEDDING_SCALE, candidate_items, embed_tokens, feature_tables, value_columns
 from flame_jax.models.heads import expert_head, head_weights
 from flame_jax.models.layers import Attention, Drop, keep
-from flame_jax.models.params import constant, normal
+from flame_jax.models.params import Param, constant, normal
 from flame_jax.packing import Layout
 from flame_jax.pallas_kernels.segments import Tiles, tiles
 from flame_jax.pallas_kernels.sumi_attention.api import sumi_attention
@@ -79,7 +79,7 @@ class Ranker(nnx.Module, abc.ABC):
         self, config: ModelConfig, schema: FeatureSchema, vocabulary: int, outputs: int, *, rngs: nnx.Rngs
     ) -> None:
         self.config, self.schema = config, schema
-        self.item = normal(rngs, (vocabulary, config.width), EMBEDDING_SCALE)
+        self.item: Param | None = normal(rngs, (vocabulary, config.width), EMBEDDING_SCALE)
         self.action = normal(rngs, (schema.actions + 1, config.width), EMBEDDING_SCALE)
         self.item_bias = constant((vocabulary, len(schema.tasks)), 0.0)
         self.features = feature_tables(rngs, schema, config.width)

@@ -14,7 +14,7 @@ from flame_jax.config import ModelConfig
 from flame_jax.models.params import WEIGHTS, misfits
 from flame_jax.models.ranker import Ranker
 from flame_jax.models.registry import make_ranker
-from flame_jax.packing import Layout, SlotLayout
+from flame_jax.packing import Bucket, Layout, SlotLayout, slot_layout
 from flame_jax.schema import FeatureSchema
 
 RankFunction = Callable[[Sequence[jax.Array], jax.Array], jax.Array]
@@ -43,15 +43,39 @@ def abstract_model(config: ModelConfig, schema: FeatureSchema, vocabulary: int) 
     return nnx.eval_shape(lambda: make_ranker(config, schema, vocabulary, rngs=nnx.Rngs(0)))
 
 
+def served_model(config: ModelConfig, schema: FeatureSchema, vocabulary: int) -> Ranker:
+    """The model as it is served, with shapes in place of weights: without an item table that stays in host memory."""
+    model = abstract_model(config, schema, vocabulary)
+    if config.item_table == "host":
+        model.item = None
+    return model
+
+
+def served_slot(config: ModelConfig, schema: FeatureSchema, layout: Layout, bucket: Bucket) -> SlotLayout:
+    """The slot that the served model reads."""
+    return slot_layout(schema, layout, bucket, host_words=config.host_words)
+
+
 def served_specs(config: ModelConfig, schema: FeatureSchema, vocabulary: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Name -> shape and dtype of the model as it is served: embedding tables in `model.table_dtype`."""
-    specs = weight_specs(abstract_model(config, schema, vocabulary))
+    """Name -> shape and dtype of what lies on the device: embedding tables in `model.table_dtype`."""
+    specs = weight_specs(served_model(config, schema, vocabulary))
     return {name: jax.ShapeDtypeStruct(s.shape, _served_dtype(config, name, s.dtype)) for name, s in specs.items()}
 
 
 def served_weights(config: ModelConfig, weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Trained weights as they are served, see `served_specs`."""
-    return {name: np.asarray(w).astype(_served_dtype(config, name, w.dtype)) for name, w in weights.items()}
+    served = {name: np.asarray(w).astype(_served_dtype(config, name, w.dtype)) for name, w in weights.items()}
+    if config.item_table == "host":
+        del served["item"]
+    return served
+
+
+def host_item_table(config: ModelConfig, weights: Mapping[str, np.ndarray]) -> np.ndarray | None:
+    """int32[rows, words] of a trained item table that is served from host memory, else None."""
+    if config.item_table == "device":
+        return None
+    table = np.ascontiguousarray(weights["item"].astype(jnp.dtype(config.table_dtype)))
+    return table.view(np.int32)
 
 
 def _served_dtype(config: ModelConfig, name: str, dtype: Any) -> Any:
@@ -97,7 +121,7 @@ def rank_function(
     config: ModelConfig, schema: FeatureSchema, layout: Layout, slot: SlotLayout, vocabulary: int
 ) -> RankFunction:
     """`rank(weights, slot int32[words]) -> float32[C_max, tasks]`, the probability of every candidate row."""
-    graph, state = nnx.split(abstract_model(config, schema, vocabulary), WEIGHTS)
+    graph, state = nnx.split(served_model(config, schema, vocabulary), WEIGHTS)
     flat = nnx.to_flat_state(state)
 
     def rank(weights: Sequence[jax.Array], words: jax.Array) -> jax.Array:

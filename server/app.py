@@ -131,7 +131,7 @@ def _assemble(
 ) -> tuple[RankingService, Dispatcher]:
     """Slots, dispatcher and service of one loaded model."""
     manifest, loop = engine.manifest, asyncio.get_running_loop()
-    assembler = Assembler(manifest.schema, engine.vocabularies)
+    assembler = Assembler(manifest.schema, engine.vocabularies, engine.item_table)
     inbox = Inbox(loop)
 
     def die() -> None:

@@ -73,15 +73,16 @@ def pack(
     requests: list[OracleRequest],
     *,
     dirt: np.random.Generator | None = None,
+    item_table: np.ndarray | None = None,
 ) -> Packed:
     """Fill a slot; with `dirt`, token rows hold an earlier batch's leftovers first."""
-    slot = slot_layout(schema, layout, bucket)
+    slot = slot_layout(schema, layout, bucket, host_words=0 if item_table is None else item_table.shape[1])
     words = np.zeros(slot.words, np.int32)
     fields = slot.views(words)
     if dirt is not None:
         for name, limit in (("item", 2), ("action", schema.actions + 1), ("time", 2**31 - 1)):
             fields[name][:] = dirt.integers(0, limit, fields[name].shape)
-    records = RecordLayout(schema)
+    records = RecordLayout(schema, item_table)
     encoded = [encode(schema, r) for r in requests]
     extents = [records.extent(record) for record in encoded]
     places = place(extents, bucket, layout)

@@ -30,9 +30,10 @@ from flame_jax.models.climber import Climber
 from flame_jax.models.serving import flat_weights
 from flame_jax.packing import Bucket, Extent, Layout, SlotLayout, place, slot_layout
 from flame_jax.pda.lmdb_store import LmdbWriter
-from flame_jax.pda.records import feature_row, item_dtype
+from flame_jax.pda.records import UserRecord, feature_row, item_dtype
+from flame_jax.pda.store import Fetched
 from flame_jax.record import BlockEvents, RecordLayout
-from flame_jax.request import History
+from flame_jax.request import History, RankRequest
 from flame_jax.schema import Block, Feature, FeatureSchema
 from flame_jax.training import loop
 from flame_jax.vocabulary import Vocabularies, Vocabulary
@@ -286,6 +287,15 @@ def recorded_losses() -> Iterator[list[float]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "make_step", recording)
         yield losses
+
+
+def request_of(user: int) -> tuple[RankRequest, Fetched]:
+    """A request of a user of `write_store` for the first ten items, and what the store answers."""
+    rows = np.zeros(10, item_dtype(SCHEMA))
+    rows["id"], rows["genres"], rows["decade"] = ITEM_IDS[:10], GENRES[:10], np.arange(10) / 100
+    record = UserRecord(user_history(user), feature_row(SCHEMA.user_features, {"age": user % 2, "height": 0.2}))
+    request = RankRequest(f"u{user:02d}", ITEM_IDS[:10], scenario=0, request_time=2 * 10**9)
+    return request, Fetched(record, rows, np.ones(10, bool))
 
 
 def device() -> jax.Device:

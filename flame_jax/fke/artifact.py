@@ -27,7 +27,7 @@ from flame_jax.schema import FeatureSchema, feature_field
 from flame_jax.vocabulary import Vocabularies, Vocabulary
 
 FORMAT = 1
-MANIFEST, WEIGHTS = "manifest.json", "weights.safetensors"
+MANIFEST, WEIGHTS, ITEM_TABLE = "manifest.json", "weights.safetensors", "item_table.npy"
 
 
 class ArtifactError(Exception):
@@ -70,7 +70,8 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists and dicts."""
-        return {"format": FORMAT} | asdict(self) | {"schema": self.schema.to_json()}
+        about = {"format": FORMAT, "caches_history": self.model.caches_history}
+        return about | asdict(self) | {"schema": self.schema.to_json()}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Manifest:
@@ -115,6 +116,7 @@ def write_artifact(
     matmul_precision: str,
     kernels: Mapping[str, str],
     weights: Mapping[str, np.ndarray],
+    item_table: np.ndarray | None = None,
     vocabularies: Vocabularies,
     executables: Mapping[Bucket, bytes],
 ) -> Manifest:
@@ -126,6 +128,8 @@ def write_artifact(
     partial.mkdir()
     try:
         safetensors.numpy.save_file({name: np.ascontiguousarray(w) for name, w in weights.items()}, partial / WEIGHTS)
+        if item_table is not None:
+            np.save(partial / ITEM_TABLE, item_table, allow_pickle=False)
         vocabularies.items.save(partial / vocabulary_name())
         for feature, vocabulary in vocabularies.features.items():
             vocabulary.save(partial / vocabulary_name(feature))
@@ -140,7 +144,7 @@ def write_artifact(
             target=target,
             matmul_precision=matmul_precision,
             kernels=dict(kernels),
-            files={f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(partial.iterdir())},
+            files={f.name: _hash(f) for f in sorted(partial.iterdir())},
         )
         (partial / MANIFEST).write_text(json.dumps(manifest.to_json(), indent=1) + "\n")
         _replace(partial, path)
@@ -148,6 +152,11 @@ def write_artifact(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return manifest
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _replace(new: Path, path: Path) -> None:
@@ -215,6 +224,24 @@ class Artifact:
             return safetensors.numpy.load(self.read(WEIGHTS))
         except safetensors.SafetensorError as error:
             raise ArtifactError(f"artifact {self.path} has unreadable weights: {error}") from error
+
+    def item_table(self, rows: int) -> np.ndarray | None:
+        """int32[rows, words], mapped from the file, where the model keeps its item table in host memory.
+
+        Its pages are read as requests touch them, so the file must stay as it is while it is served.
+        """
+        if not self.manifest.model.host_words:
+            return None
+        expected, path = self.manifest.files.get(ITEM_TABLE), self.path / ITEM_TABLE
+        try:
+            if expected is None or _hash(path) != expected:
+                raise ArtifactError(f"artifact {self.path} is damaged: {ITEM_TABLE} does not match its hash")
+            table: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise ArtifactError(f"artifact {self.path} has an unreadable {ITEM_TABLE}: {error}") from error
+        if table.dtype != np.int32 or table.shape != (rows, self.manifest.model.host_words):
+            raise ArtifactError(f"artifact {self.path}: {ITEM_TABLE} is {table.dtype}{list(table.shape)}")
+        return table
 
     def vocabularies(self) -> Vocabularies:
         """The vocabularies of items and of every id feature."""

@@ -11,8 +11,8 @@ import numpy as np
 from jax.experimental import serialize_executable
 
 from flame_jax.config import ModelConfig
-from flame_jax.models.serving import rank_function, served_specs
-from flame_jax.packing import Bucket, Layout, slot_layout
+from flame_jax.models.serving import rank_function, served_slot, served_specs
+from flame_jax.packing import Bucket, Layout
 from flame_jax.schema import FeatureSchema
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -69,7 +69,7 @@ def compile_bucket(
     device: jax.Device,
 ) -> jax.stages.Compiled:
     """Compile `rank(weights, slot)` of one bucket for one device."""
-    slot = slot_layout(schema, layout, bucket)
+    slot = served_slot(model, schema, layout, bucket)
     sharding = jax.sharding.SingleDeviceSharding(device)
     weights = [
         jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding)

@@ -9,8 +9,8 @@ import numpy as np
 
 from flame_jax.fke.artifact import Artifact, ArtifactError, executable_name
 from flame_jax.fke.compile import deserialize, platform_of
-from flame_jax.models.serving import check_weights, served_specs
-from flame_jax.packing import Bucket, slot_layout
+from flame_jax.models.serving import check_weights, served_slot, served_specs
+from flame_jax.packing import Bucket
 
 WARM_RUNS = 3
 """CUDA graphs record on an executable's second run; the third is the first ordinary one."""
@@ -34,7 +34,8 @@ class Engine:
             check_weights(specs, host)
         except (TypeError, ValueError) as error:
             raise ArtifactError(f"artifact {artifact.path}: {error}") from error
-        self.slots = {b: slot_layout(manifest.schema, manifest.layout, b) for b in manifest.buckets}
+        self.slots = {b: served_slot(manifest.model, manifest.schema, manifest.layout, b) for b in manifest.buckets}
+        self.item_table = artifact.item_table(self.vocabularies.items.rows)
         self._weights = [jax.device_put(host[name], device) for name in specs]
         self._executables: dict[Bucket, jax.stages.Compiled] = {}
         for bucket in manifest.buckets:

@@ -22,12 +22,16 @@ class Assembled(NamedTuple):
 
 
 class Assembler:
-    """Turns requests of one model into records."""
+    """Turns requests of one model into records.
 
-    def __init__(self, schema: FeatureSchema, vocabularies: Vocabularies) -> None:
+    Args:
+        item_table: see `RecordLayout`.
+    """
+
+    def __init__(self, schema: FeatureSchema, vocabularies: Vocabularies, item_table: np.ndarray | None = None) -> None:
         vocabularies.check(schema)
         self._schema, self._vocabularies = schema, vocabularies
-        self.layout = RecordLayout(schema)
+        self.layout = RecordLayout(schema, item_table)
         self._cold_user = default_rows(schema.user_features, record_dtype(schema.user_features), ())
         self._selects = [np.isin(np.arange(schema.actions), b.actions or range(schema.actions)) for b in schema.blocks]
 

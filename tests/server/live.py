@@ -36,9 +36,16 @@ SCHEMA = FeatureSchema(
     actions=4,
     blocks=(Block("all"), Block("liked", (2, 3))),
     block_length=40,
-    item_features=(Feature("genre", "categorical", 5), Feature("year", "numeric")),
-    user_features=(Feature("age", "categorical", 7),),
-    context_features=(Feature("hour", "categorical", 24), Feature("speed", "numeric")),
+    item_features=(
+        Feature("genre", "categorical", 5),
+        Feature("year", "numeric"),
+        Feature("maker", "id", 6),
+        Feature("weight", "numeric", 0, "table"),
+        Feature("price", "numeric", 0, "request"),
+        Feature("shelf", "id", 8, "request"),
+    ),
+    user_features=(Feature("age", "categorical", 7), Feature("city", "id", 4)),
+    context_features=(Feature("hour", "categorical", 24), Feature("speed", "numeric"), Feature("campaign", "id", 5)),
 )
 MODEL = ModelConfig(name="tiny", width=16, layers=2, heads=2, head_dim=8, ffn=32, head=HeadConfig(2, 12, 8))
 LAYOUT = Layout(align=8, max_requests=6)
@@ -47,6 +54,13 @@ LADDER = ((64, 24), (160, 96), (256, 192))
 ITEMS = np.array([*range(1, 200), 2**31 + 7, 2**40 + 1], np.int64)
 """What the store holds; the vocabulary lacks the multiples of ten."""
 USERS = 30
+KEYS = {
+    "item.maker": np.array([4, 2**40, 77], np.int64),
+    "item.shelf": np.array([9, 2**33], np.int64),
+    "user.city": np.array([500, 501, 502, 503], np.int64),
+    "context.campaign": np.array([1, 2**50], np.int64),
+}
+"""What the vocabularies of id features hold."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +70,7 @@ class Files:
     store: Path
     artifact: Path
     weights: dict[str, np.ndarray]
-    vocabulary: Vocabulary
+    vocabularies: Vocabularies
     histories: dict[str, History]
     items: np.ndarray
     user_features: dict[str, np.ndarray]
@@ -74,11 +88,14 @@ def write_store(
         times = EPOCH + np.sort(random.integers(0, 10**6, length))
         actions = random.integers(0, SCHEMA.actions, length).astype(np.int32)
         histories[f"u{number}"] = History(random.choice(ITEMS, length), actions, times)
-        features[f"u{number}"] = feature_row(SCHEMA.user_features, {"age": int(random.integers(7))})
+        features[f"u{number}"] = feature_row(
+            SCHEMA.user_features, {"age": int(random.integers(7)), "city": 498 + int(random.integers(7))}
+        )
     rows = np.zeros(len(ITEMS), item_dtype(SCHEMA))
     rows["id"] = ITEMS
     rows["genre"] = random.integers(0, 5, len(ITEMS))
-    rows["year"] = random.normal(size=len(ITEMS))
+    rows["year"], rows["weight"] = random.normal(size=(2, len(ITEMS)))
+    rows["maker"] = random.choice([-1, 3, *KEYS["item.maker"]], len(ITEMS))
     with LmdbWriter(path, SCHEMA) as writer:
         writer.put_items(rows, {int(i): f"Title {i}" for i in ITEMS[:50]})
         writer.put_users((key, history, features[key]) for key, history in histories.items())
@@ -93,6 +110,9 @@ def build(folder: Path, ladder: tuple[tuple[int, int], ...] = LADDER) -> Files:
     vocabulary = Vocabulary(ITEMS[ITEMS % 10 != 0])
     initial = flat_weights(Climber(MODEL, SCHEMA, vocabulary.rows, rngs=nnx.Rngs(0)))
     weights = {name: w + 0.2 * random.normal(size=w.shape).astype(np.float32) for name, w in initial.items()}
+    stored = {int(row["id"]): row["weight"] for row in rows}
+    weights["columns/item.weight"] = np.array([0.0, *(stored[key] for key in vocabulary.keys.tolist())], np.float32)
+    vocabularies = Vocabularies(vocabulary, {name: Vocabulary(keys) for name, keys in KEYS.items()})
     config = Config(
         store=StoreConfig(str(folder / "store")),
         schema=SCHEMA,
@@ -100,9 +120,9 @@ def build(folder: Path, ladder: tuple[tuple[int, int], ...] = LADDER) -> Files:
         model=MODEL,
         export=ExportConfig(artifact=str(folder / "artifact"), version="7", buckets=ladder),
     )
-    checkpoint = Checkpoint(1, MODEL, SCHEMA, Vocabularies(vocabulary, {}), weights, [])
+    checkpoint = Checkpoint(1, MODEL, SCHEMA, vocabularies, weights, [])
     export(config, checkpoint, jax.devices()[0], progress=False)
-    return Files(folder / "store", folder / "artifact", weights, vocabulary, histories, rows, features)
+    return Files(folder / "store", folder / "artifact", weights, vocabularies, histories, rows, features)
 
 
 def with_ladder(files: Files, folder: Path, ladder: tuple[tuple[int, int], ...]) -> Files:
@@ -113,7 +133,7 @@ def with_ladder(files: Files, folder: Path, ladder: tuple[tuple[int, int], ...])
         model=MODEL,
         export=ExportConfig(artifact=str(folder / "artifact"), version="7", buckets=ladder),
     )
-    checkpoint = Checkpoint(1, MODEL, SCHEMA, Vocabularies(files.vocabulary, {}), files.weights, [])
+    checkpoint = Checkpoint(1, MODEL, SCHEMA, files.vocabularies, files.weights, [])
     export(config, checkpoint, jax.devices()[0], progress=False)
     return replace(files, artifact=folder / "artifact")
 

@@ -61,6 +61,10 @@ def refused(call: Call, message: bytes, fault: Fault) -> None:
     call(good().SerializeToString())
 
 
+def sent(request: ranking_pb2.RankRequest, name: str, values: bytes) -> None:
+    request.item_features[name] = values
+
+
 CASES: dict[str, tuple[Change, Fault]] = {
     "no user": (lambda r: r.ClearField("user"), Fault.BAD_USER),
     "NUL in user": (lambda r: setattr(r, "user", "a\0b"), Fault.BAD_USER),
@@ -99,6 +103,14 @@ CASES: dict[str, tuple[Change, Fault]] = {
     "NaN": (lambda r: setattr(r.context["speed"], "number", float("nan")), Fault.BAD_CONTEXT),
     "infinity": (lambda r: setattr(r.context["speed"], "number", float("inf")), Fault.BAD_CONTEXT),
     "1e300": (lambda r: setattr(r.context["speed"], "number", 1e300), Fault.BAD_CONTEXT),
+    "unknown item feature": (lambda r: sent(r, "moon", bytes(24)), Fault.BAD_ITEM_FEATURES),
+    "stored item feature": (lambda r: sent(r, "genre", bytes(24)), Fault.BAD_ITEM_FEATURES),
+    "item feature of another length": (lambda r: sent(r, "price", bytes(8)), Fault.BAD_ITEM_FEATURES),
+    "ids in a numeric feature": (lambda r: sent(r, "price", ids(1, 2, 3)), Fault.BAD_ITEM_FEATURES),
+    "NaN price": (lambda r: sent(r, "price", np.array([1, 2, np.nan], "<f4").tobytes()), Fault.BAD_ITEM_FEATURES),
+    "key of -2": (lambda r: sent(r, "shelf", ids(3, 4, -2)), Fault.BAD_ITEM_FEATURES),
+    "context key of -2": (lambda r: setattr(r.context["campaign"], "integer", -2), Fault.BAD_CONTEXT),
+    "context key as a number": (lambda r: setattr(r.context["campaign"], "number", 2.0), Fault.BAD_CONTEXT),
     "empty feature": (lambda r: r.context["speed"].SetInParent(), Fault.BAD_CONTEXT),
 }
 

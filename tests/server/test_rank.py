@@ -7,9 +7,10 @@ import pytest
 
 from flame_jax.client import Ranking, RankingClient
 from flame_jax.request import History
+from flame_jax.schema import Feature
 from tests.oracles import climber as oracle
 from tests.packed import EPOCH
-from tests.server.live import ITEMS, MODEL, SCHEMA, Files
+from tests.server.live import ITEMS, KEYS, MODEL, SCHEMA, Files
 
 NOW = EPOCH + 2 * 10**6
 
@@ -23,6 +24,7 @@ def expected(
     at: int = NOW,
     scenario: int = 0,
     context: dict[str, float | int] | None = None,
+    sent: dict[str, list[float] | list[int]] | None = None,
 ) -> np.ndarray:
     """The oracle's scores, features looked up by plain loops."""
     events = history if history is not None else files.histories.get(user, History.empty())
@@ -36,26 +38,43 @@ def expected(
         rows = np.array([row_of(files, int(events.item_ids[j])) for j in kept], np.int64)
         blocks.append((rows, events.actions[kept], events.timestamps[kept]))
     stored = {int(row["id"]): row for row in files.items}
-    columns: dict[str, np.ndarray] = {
-        f.name: np.array([stored[int(i)][f.name] if int(i) in stored else 0 for i in candidates])
-        for f in SCHEMA.item_features
-    }
+    columns: dict[str, np.ndarray] = {}
+    for f in SCHEMA.item_features:
+        values = (
+            [stored[int(i)][f.name] if int(i) in stored else f.default for i in candidates]
+            if (f.source != "request")
+            else (sent or {}).get(f.name, [f.default] * len(candidates))
+        )
+        columns[f.name] = np.array([as_read("item", f, value) for value in values])
     known = files.user_features.get(user)
+    given = {"hour": 0, "speed": 0.0, "campaign": -1, **(context or {})}
     request = oracle.OracleRequest(
         blocks=blocks,
         request_time=at,
         scenario=scenario,
         candidates=np.array([row_of(files, int(i)) for i in candidates]),
         item_features=columns,
-        user_features={"age": int(known["age"]) if known is not None else 0},
-        context_features={"hour": 0, "speed": 0.0, **(context or {})},
+        user_features={
+            f.name: as_read("user", f, known[f.name].item() if known is not None else f.default)
+            for f in SCHEMA.user_features
+        },
+        context_features={f.name: as_read("context", f, given[f.name]) for f in SCHEMA.context_features},
     )
     return oracle.rank(files.weights, SCHEMA, request, heads=MODEL.heads, head_dim=MODEL.head_dim)
 
 
 def row_of(files: Files, item: int) -> int:
-    known = sorted(int(k) for k in files.vocabulary.keys)
-    return known.index(item) + 1 if item in known else 0
+    return row_among(files.vocabularies.items.keys, item)
+
+
+def row_among(keys: np.ndarray, key: int) -> int:
+    known = sorted(int(k) for k in keys)
+    return known.index(key) + 1 if key in known else 0
+
+
+def as_read(group: str, feature: Feature, value: float) -> float:
+    """A stored or sent value as the model reads it."""
+    return row_among(KEYS[f"{group}.{feature.name}"], int(value)) if feature.kind == "id" else value
 
 
 def check(answer: Ranking, scores: np.ndarray) -> None:
@@ -80,9 +99,25 @@ def test_a_large_request_is_split_and_comes_back_in_order(client: RankingClient,
 
 
 def test_scenario_and_context_reach_the_model(client: RankingClient, files: Files) -> None:
-    context = {"hour": 13, "speed": -1.5}
+    context = {"hour": 13, "speed": -1.5, "campaign": 2**50}
     answer = client.rank("u3", ITEMS[:9], request_time=NOW, scenario="search", context=context)
     check(answer, expected(files, "u3", ITEMS[:9], scenario=1, context=context))
+
+
+def test_features_sent_with_the_candidates_reach_the_model(client: RankingClient, files: Files) -> None:
+    price, shelf = [0.5 * k - 2 for k in range(9)], [9, 2**33, 5, -1, 9, 9, 2**63 - 1, 2**33, 0]
+    answer = client.rank("u3", ITEMS[:9], request_time=NOW, item_features={"price": price, "shelf": shelf})
+    check(answer, expected(files, "u3", ITEMS[:9], sent={"price": price, "shelf": shelf}))
+    answer = client.rank("u3", ITEMS[:9], request_time=NOW, item_features={"shelf": np.array(shelf)})
+    check(answer, expected(files, "u3", ITEMS[:9], sent={"shelf": shelf}))
+
+
+def test_features_sent_stay_with_their_candidates_when_a_request_is_split(client: RankingClient, files: Files) -> None:
+    candidates = np.tile(ITEMS, 2)
+    price = np.random.default_rng(8).normal(size=len(candidates)).astype(np.float32)
+    answer = client.rank("u5", candidates, request_time=NOW, item_features={"price": price})
+    assert answer.timings_us["batches"] >= 2
+    check(answer, expected(files, "u5", candidates, sent={"price": price.tolist()}))
 
 
 def test_events_after_the_request_time_are_not_seen(client: RankingClient, files: Files) -> None:
