@@ -12,7 +12,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from flame_jax.config import ModelConfig
-from flame_jax.schema import FeatureSchema
+from flame_jax.schema import FeatureSchema, feature_field
 from flame_jax.vocabulary import Vocabularies, Vocabulary
 
 KEEP = 2
@@ -83,7 +83,8 @@ class CheckpointFolder:
                 "weights": dict(checkpoint.weights),
                 "optimizer": list(checkpoint.optimizer),
                 "vocabulary": checkpoint.vocabularies.items.keys,
-                "feature_vocabularies": {n: v.keys for n, v in checkpoint.vocabularies.features.items()},
+                # Orbax can't save an array of no elements: an empty vocabulary is left out.
+                "feature_vocabularies": {n: v.keys for n, v in checkpoint.vocabularies.features.items() if v.keys.size},
             },
             custom_metadata={
                 "model": asdict(checkpoint.model),
@@ -101,8 +102,10 @@ class CheckpointFolder:
             tree: Any = self._orbax.load(newest)
             about: Any = self._orbax.metadata(newest).custom_metadata
             schema = FeatureSchema.from_json(about["schema"])
-            named = {name: Vocabulary(keys) for name, keys in tree["feature_vocabularies"].items()}
-            vocabularies = Vocabularies(Vocabulary(tree["vocabulary"]), named)
+            saved, none = tree.get("feature_vocabularies") or {}, np.empty(0, np.int64)
+            named = [feature_field(group, f) for group, f in schema.features if f.kind == "id"]
+            features = {name: Vocabulary(saved.get(name, none)) for name in named}
+            vocabularies = Vocabularies(Vocabulary(tree["vocabulary"]), features)
             vocabularies.check(schema)
             return Checkpoint(
                 step=newest.step,
