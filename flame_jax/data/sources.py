@@ -82,7 +82,7 @@ def _files(path: Path, what: str) -> list[Path]:
 def _reading(file: Path) -> Iterator[None]:
     try:
         yield
-    except (pa.ArrowException, OSError, EOFError, UnicodeError, csv.Error) as error:
+    except (pa.ArrowException, OSError, EOFError, csv.Error) as error:
         raise DataError(f"{file} can't be read: {error}") from error
 
 
@@ -102,7 +102,7 @@ def _read_parquet(file: Path, wanted: Wanted, report: Report) -> pa.Table:
 
 def _read_csv(file: Path, wanted: Wanted, report: Report) -> pa.Table:
     opened = gzip.open if _kind(file) == _CSV_GZ else open
-    with _reading(file), opened(file, "rt", encoding="utf-8-sig", newline="") as text:
+    with _reading(file), opened(file, "rt", encoding="utf-8-sig", errors="replace", newline="") as text:
         require(str(file), wanted.columns, next(csv.reader(text), []))
     types = dict.fromkeys(wanted.text | wanted.keys, pa.string())
     with _reading(file), file.open("rb") as raw:
