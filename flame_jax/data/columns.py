@@ -87,7 +87,6 @@ class Column:
 
     def encoded(self) -> tuple[np.ndarray, list[str]]:
         """int32[n] codes, -1 for a null, and the text of each distinct value, in order of appearance."""
-        chunked = self.values.dictionary_encode().unify_dictionaries()
-        whole = chunked.combine_chunks()
+        whole = self.values.dictionary_encode().combine_chunks()
         codes = whole.indices.fill_null(-1).to_numpy(zero_copy_only=False)
         return codes, whole.dictionary.cast(pa.large_string()).to_pylist()

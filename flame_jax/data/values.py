@@ -92,12 +92,12 @@ def actions(column: Column, names: Sequence[str | int | float], count: int) -> n
             raise column.at(row, f"is {ids[row]}, outside [0, {count})")
         return ids.astype(np.int32)
     known = _action_of_value(column, names)
-    encoded = column.values.dictionary_encode().unify_dictionaries().combine_chunks()
+    encoded = column.values.dictionary_encode().combine_chunks()
     table = np.array([known.get(value, -1) for value in encoded.dictionary.to_pylist()], np.int32)
     actions: np.ndarray = table[encoded.indices.to_numpy()]
     if (actions < 0).any():
         row = int((actions < 0).argmax())
-        raise column.at(row, f"is {column.values[row].as_py()!r}, not one of data.actions {list(names)}")
+        raise column.at(row, f"is {column.values[row].as_py()!r:.60}, not one of data.actions {list(names)}")
     return actions
 
 

@@ -99,10 +99,21 @@ def test_a_folder_is_one_log(tmp_path: Path, ending: str) -> None:
         ([0.1, 0.5, 0.7], pa.array([0.7, 0.1, 0.5], pa.float32())),
         ([2**60 + 1, 2**60 + 2, 2**60 + 3], pa.array([2**60 + 3, 2**60 + 1, 2**60 + 2])),
         (["view", "1", "buy"], pa.array(["buy", "view", "1"], pa.large_string())),
+        (["01", "2", "3"], pa.array(["3", "01", "2"])),
         (["view", 1, "buy"], pa.array(["buy", "view", "1"]).dictionary_encode()),
         ([], pa.array([2, 0, 1], pa.int8())),
     ],
-    ids=["integers", "floats", "floats of integers", "narrow floats", "large", "text", "text and a number", "unnamed"],
+    ids=[
+        "integers",
+        "floats",
+        "floats of integers",
+        "narrow floats",
+        "large",
+        "text",
+        "digits",
+        "text and a number",
+        "unnamed",
+    ],
 )
 def test_actions_are_named_in_the_schemas_order(tmp_path: Path, names: list[Any], values: pa.Array) -> None:
     log = {"user": ["u"] * 3, "item": [1, 2, 3], "timestamp": [1, 2, 3], "act": values}
@@ -318,9 +329,22 @@ def test_user_keys_of_csv_are_what_is_written_and_integers_are_their_digits(tmp_
 
 
 def test_user_keys_are_told_apart_to_the_byte(tmp_path: Path) -> None:
-    users = ["7", "07", "null", "é" * 128, " 7", "NA"]
-    found = read(run(tmp_path, PLAIN, events=write(tmp_path / "log.csv", {**LOG, "user": users})), PLAIN)
-    assert set(found.users) == set(users)
+    for users in (["7", "07", "null", "é" * 128, " 7", "NA"], ["7", "07", "007", "70", "7.0", "-7"]):
+        (folder := tmp_path / users[2]).mkdir()
+        log = write(folder / "log.csv", {**LOG, "user": users})
+        listed = write(folder / "users.csv", {"user": [*users[:3], "0"], "n": range(4)})
+        assert set(read(run(folder, PLAIN, events=log, users=listed), PLAIN).users) == {*users, "0"}
+
+
+def test_titles_that_look_like_numbers_are_text(tmp_path: Path) -> None:
+    items = write(tmp_path / "items.csv", {"item": [10, 20, 30], "name": ["007", "1984", "1e3"]})
+    found = read(run(tmp_path, PLAIN, events=write(tmp_path / "log.csv", LOG), items=items, title_column="name"), PLAIN)
+    assert found.titles == {10: "007", 20: "1984", 30: "1e3"}
+
+
+def test_titles_of_the_log_itself_are_those_of_the_newest_event(tmp_path: Path) -> None:
+    log = write(tmp_path / "log.csv", {**LOG, "name": ["x", "old", "new", None, "between", "y"]})
+    assert read(run(tmp_path, PLAIN, events=log, title_column="name"), PLAIN).titles == {10: "new", 20: "y", 30: "x"}
 
 
 # Any log
@@ -346,7 +370,7 @@ def logs(draw: st.DrawFn) -> dict[str, list[Any]]:
     }
 
 
-@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.too_slow])
 @given(logs())
 def test_every_log_is_grouped_as_plain_python_groups_it(log: dict[str, list[Any]]) -> None:
     schema = FeatureSchema(actions=3, item_features=(Feature("size", "categorical", 9),))

@@ -70,6 +70,12 @@ def test_in_csv_text_stays_as_it_is_written(tmp_path: Path) -> None:
     assert read(path, "t", "n", text="t")["t"].to_pylist() == ["007", "1e3", "a,b", 'say "x"\nand y', "☃"]
 
 
+def test_text_of_many_lines_may_be_longer_than_what_is_parsed_at_once(tmp_path: Path) -> None:
+    texts = [f"{i}\n" * 40_000 for i in range(40)]
+    path = write(tmp_path / "log.csv", {"t": texts, "n": range(40)})
+    assert read(path, "t", "n", text="t").to_pydict() == {"t": texts, "n": list(range(40))}
+
+
 def test_a_byte_order_mark_belongs_to_no_name(tmp_path: Path) -> None:
     (tmp_path / "log.csv").write_bytes(b"\xef\xbb\xbfa,b\n1,2\n")
     assert read(tmp_path / "log.csv", "a").to_pydict() == {"a": [1]}
