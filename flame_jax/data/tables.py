@@ -1,7 +1,7 @@
 """Arrow tables of events, items and users into a new store.
 
-The tables and what is made of them lie in memory: of each event about 70 bytes beside its tables (32 its
-columns, 36 its place in its user's history), and 16 more for every side feature that is taken from the log itself.
+Everything lies in memory: at the peak about 150 bytes for each event, of which its user, item and time as integers and
+the store's own pages are the half; strings come on top, and 16 bytes for each side feature that the log itself holds.
 """
 
 from __future__ import annotations
