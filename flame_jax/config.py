@@ -35,6 +35,56 @@ class StoreConfig:
 
 
 @dataclass(frozen=True)
+class DataConfig:
+    """What is imported into the store: a log of events, and what its columns mean.
+
+    Attributes:
+        name: what the store says it holds.
+        events: the log: a Parquet or CSV file (.parquet, .csv, .csv.gz), or a folder of parts, read by name.
+        items: a table of items, likewise; when empty, an item's features are columns of the log and its newest
+            event's values count.
+        users: a table of users, likewise; when empty, as with items.
+        user_column: a user's key, in the log and in users: strings or integers.
+        item_column: an item's id, in the log and in items: integers, or strings that are hashed to int64.
+        time_column: an event's time: integers or floats in time_unit, timestamps (UTC without a zone) or dates.
+        action_column: an event's action; when empty, every event has action 0.
+        actions: values of action_column in the order of the schema's actions; when empty, the column holds
+            integers in [0, schema.actions).
+        title_column: an item's display title, where its features are; when empty, items have none, or the
+            strings that their ids were.
+        columns: column of a feature whose name differs; `item.NAME` or `user.NAME` where both have the feature.
+        time_unit: unit of times that are numbers.
+        unsorted: what to do when a user's events go back in time from row to row: refuse the log, or sort them.
+    """
+
+    name: str = "log"
+    events: str = ""
+    items: str = ""
+    users: str = ""
+    user_column: str = "user"
+    item_column: str = "item"
+    time_column: str = "timestamp"
+    action_column: str = ""
+    actions: tuple[str | int | float, ...] = ()
+    title_column: str = ""
+    columns: dict[str, str] = field(default_factory=dict)
+    time_unit: Literal["s", "ms", "us", "ns"] = "s"
+    unsorted: Literal["refuse", "sort"] = "refuse"
+
+    def __post_init__(self) -> None:
+        for name in ("name", "user_column", "item_column", "time_column"):
+            if not getattr(self, name):
+                raise ValueError(f"data.{name} is empty")
+        if not all(self.columns.values()):
+            raise ValueError("data.columns names an empty column")
+        if self.actions and not self.action_column:
+            raise ValueError("data.actions are values of data.action_column, which is empty")
+        text = any(isinstance(action, str) for action in self.actions)
+        if len({str(action) if text else action for action in self.actions}) != len(self.actions):
+            raise ValueError(f"data.actions must be distinct, not {list(self.actions)}")
+
+
+@dataclass(frozen=True)
 class HeadConfig:
     """Multi-task experts and towers over a candidate's representation.
 
@@ -305,6 +355,7 @@ class Config:
     """
 
     store: StoreConfig = StoreConfig()
+    data: DataConfig = DataConfig()
     schema: FeatureSchema = FeatureSchema()
     layout: Layout = Layout()
     model: ModelConfig = ModelConfig()
