@@ -1,28 +1,175 @@
-"""`python -m bench.quality --config FILE --out DIR`: the quality table of a trained checkpoint, as a result file."""
+"""Every model under one budget, on the data sets that training knows: `python -m bench.quality --jobs 2`.
+
+Learning rates are chosen on the validation slice, one for each model; the test slice is scored with those, by several
+seeds. Each run is a `python -m flame_jax.train` of its own; a run that has finished is not repeated. The figures go to
+`--out`, the page `docs/quality.md` is made of them.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
 
 from bench.environment import describe
-from flame_jax.config import load
+from bench.quality_page import write_page
+from flame_jax.config import Config, HstuConfig, load
+from flame_jax.data.known import DATASETS
+from flame_jax.schema import Block
+
+PROG = "python -m bench.quality"
+RATES = (0.001, 0.002, 0.004)
+TIME_ROWS = 1025
+"""Rows of DLRMv3's time table: two years at sqrt(minutes)."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Stamp what `flame_jax.train` saved beside the checkpoint."""
-    parser = argparse.ArgumentParser(prog="python -m bench.quality", description=__doc__)
-    parser.add_argument("--config", required=True, metavar="FILE")
-    parser.add_argument("--out", required=True, metavar="DIR")
+    """Train what is missing, save the figures, write the page."""
+    parser = argparse.ArgumentParser(prog=PROG, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    add = parser.add_argument
+    add("--dataset", action="append", choices=sorted(DATASETS), help="default: all of them")
+    add("--model", action="append", help="train only these variants; default: all of them")
+    add("--seeds", type=int, default=3)
+    add("--rates", type=float, nargs="+", default=RATES, help="learning rates tried on the validation slice")
+    add("--jobs", type=int, default=1, help="runs at once")
+    add("--work", default="runs/quality", metavar="DIR", help="checkpoints and logs")
+    add("--out", default="bench/results", metavar="DIR", help="one folder of figures for each data set")
+    add("--page", default="docs/quality.md", metavar="FILE")
+    add("--commit", help="of this checkout, where git can't tell")
+    add("--page-only", action="store_true", help="train nothing: write the page of the figures in --out")
+    add("--set", nargs=argparse.REMAINDER, default=[], help="settings for every run, as flags of flame_jax.train")
     args = parser.parse_args(argv)
-    config = load(["--config", args.config], prog="bench.quality")
-    figures = json.loads((Path(config.train.checkpoint) / "quality.json").read_text())
-    result = describe(f"python -m flame_jax.train --config {args.config}") | figures
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "quality.json").write_text(json.dumps(result, indent=1) + "\n")
+    for name in args.dataset or sorted(DATASETS):
+        if not args.page_only:
+            figures = compare(name, args)
+            out = Path(args.out) / f"quality_{name}"
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "quality.json").write_text(json.dumps(figures, indent=1) + "\n")
+    write_page(Path(args.out), Path(args.page))
+
+
+def variants(base: Config) -> dict[str, Config]:
+    """The compared models: as many history events, batches and epochs, the same width and depth."""
+    length = base.schema.block_length * len(base.schema.blocks)
+    found = {
+        "climber": base,
+        "climber without adaptive layer": _climber(base, adaptive=False),
+        "climber without fusion": _climber(base, fusion=False),
+        "transformer": _one_block(base, "transformer", length),
+    }
+    for variant in ("dlrm_v3", "recsys_examples", "research"):
+        rows = length * (2 if variant == "recsys_examples" else 1)
+        one = _one_block(base, "hstu", length, interleave=variant == "recsys_examples")
+        options = HstuConfig(
+            variant=variant,
+            value_dim=base.model.head_dim,
+            attention_divisor=rows,
+            time_rows=TIME_ROWS if variant == "dlrm_v3" else 0,
+            bias_positions=rows,
+        )
+        position_rows = 0 if variant == "research" else rows + 1
+        found[f"hstu {variant}"] = replace(one, model=replace(one.model, hstu=options, position_rows=position_rows))
+    return {name: replace(c, model=replace(c.model, name=name)) for name, c in found.items()}
+
+
+def _climber(base: Config, **changed: bool) -> Config:
+    return replace(base, model=replace(base.model, climber=replace(base.model.climber, **changed)))
+
+
+def _one_block(base: Config, architecture: str, length: int, *, interleave: bool = False) -> Config:
+    """A model that reads one block of `length` events; its slots have room for as many requests as the base's."""
+    schema = replace(base.schema, blocks=(Block("all"),), block_length=length, interleave=interleave)
+    model = replace(base.model, architecture=architecture, position_rows=length + 1)  # type: ignore[arg-type]
+    longer = schema.history_rows // base.schema.history_rows
+    histories = (base.train.tokens - base.train.candidates) * longer
+    return replace(
+        base, schema=schema, model=model, train=replace(base.train, tokens=base.train.candidates + histories)
+    )
+
+
+def compare(dataset: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Train every variant of one data set, `args.jobs` runs at once."""
+    known = DATASETS[dataset]
+    base = load(["--config", known.config, *args.set], prog=PROG)
+    if not Path(base.store.path).exists():
+        known.write(base.store.path)
+    models = {name: c for name, c in variants(base).items() if not args.model or name in args.model}
+    work = Path(args.work) / dataset
+
+    def run_all(title: str, runs: dict[str, Config]) -> dict[str, Any]:
+        with ThreadPoolExecutor(args.jobs) as pool:
+            done = pool.map(lambda item: run(work / item[0], item[1]), runs.items())
+            return dict(zip(runs, tqdm(done, desc=f"{dataset}: {title}", total=len(runs)), strict=True))
+
+    rates = dict.fromkeys(models, args.rates[0])
+    tried: dict[str, Any] = {}
+    if len(args.rates) > 1:
+        tried = run_all(
+            "learning rates",
+            {
+                _folder(name, f"rate{rate}"): with_training(c, learning_rate=rate, validation=True)
+                for name, c in models.items()
+                for rate in args.rates
+            },
+        )
+        task = base.schema.tasks[0]
+        for name in models:
+            auc = {r: _auc(tried[_folder(name, f"rate{r}")], task, name) for r in args.rates}
+            rates[name] = max(auc, key=auc.__getitem__)
+    tested = run_all(
+        "test",
+        {
+            _folder(name, f"seed{seed}"): with_training(c, learning_rate=rates[name], seed=seed)
+            for name, c in models.items()
+            for seed in range(args.seeds)
+        },
+    )
+    return describe(f"{PROG} --dataset {dataset}", args.commit) | {
+        "dataset": dataset,
+        "budget": asdict(base.train) | {"width": base.model.width, "layers": base.model.layers},
+        "learning_rates": rates,
+        "runs": {name: [tested[_folder(name, f"seed{seed}")] for seed in range(args.seeds)] for name in models},
+    }
+
+
+def _folder(name: str, run_name: str) -> str:
+    return f"{name.replace(' ', '_')}_{run_name}"
+
+
+def _auc(figures: dict[str, Any], task: str, name: str) -> float:
+    auc: float = figures["tasks"][task]["models"][name]["auc"]
+    return auc
+
+
+def with_training(config: Config, **changed: object) -> Config:
+    """The configuration with other settings of training."""
+    return replace(config, train=replace(config.train, **changed))  # type: ignore[arg-type]
+
+
+def run(folder: Path, config: Config) -> dict[str, Any]:
+    """Train in a process of its own, unless it was done before, and return its figures."""
+    figures = folder / "checkpoint" / "quality.json"
+    if not figures.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        config = with_training(config, checkpoint=str(folder / "checkpoint"))
+        (folder / "config.json").write_text(json.dumps(asdict(config)))
+        command = [sys.executable, "-m", "flame_jax.train", "--config", str(folder / "config.json")]
+        environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        with (folder / "log").open("w") as log:
+            done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        if done.returncode:
+            raise SystemExit(f"{PROG}: error: {folder / 'log'} ends with status {done.returncode}")
+    found: dict[str, Any] = json.loads(figures.read_text())
+    return found
 
 
 if __name__ == "__main__":

