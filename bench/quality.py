@@ -129,8 +129,8 @@ def compare(dataset: str, args: argparse.Namespace) -> dict[str, Any]:
         "test",
         {
             _folder(name, f"seed{seed}"): with_training(c, learning_rate=rates[name], seed=seed)
-            for name, c in models.items()
             for seed in range(args.seeds)
+            for name, c in models.items()
         },
     )
     return describe(f"{PROG} --dataset {dataset}", args.commit) | {
