@@ -111,7 +111,7 @@ def compare(dataset: str, args: argparse.Namespace) -> dict[str, Any]:
             return dict(zip(runs, tqdm(done, desc=f"{dataset}: {title}", total=len(runs)), strict=True))
 
     rates = dict.fromkeys(models, args.rates[0])
-    tried: dict[str, Any] = {}
+    task = base.schema.tasks[0]
     if len(args.rates) > 1:
         tried = run_all(
             "learning rates",
@@ -121,7 +121,6 @@ def compare(dataset: str, args: argparse.Namespace) -> dict[str, Any]:
                 for rate in args.rates
             },
         )
-        task = base.schema.tasks[0]
         for name in models:
             auc = {r: _auc(tried[_folder(name, f"rate{r}")], task, name) for r in args.rates}
             rates[name] = max(auc, key=auc.__getitem__)
@@ -137,8 +136,20 @@ def compare(dataset: str, args: argparse.Namespace) -> dict[str, Any]:
         "dataset": dataset,
         "budget": asdict(base.train) | {"width": base.model.width, "layers": base.model.layers},
         "learning_rates": rates,
+        "validation_auc": validation_aucs(work, list(models), task),
         "runs": {name: [tested[_folder(name, f"seed{seed}")] for seed in range(args.seeds)] for name in models},
     }
+
+
+def validation_aucs(work: Path, models: Sequence[str], task: str) -> dict[str, dict[str, float]]:
+    """AUC of the first task by model and learning rate, of the rates that were tried."""
+    found: dict[str, dict[str, float]] = {}
+    for name in models:
+        start = _folder(name, "rate")
+        runs = sorted(work.glob(f"{start}*/checkpoint/quality.json"))
+        rates = {path.parent.parent.name.removeprefix(start): json.loads(path.read_text()) for path in runs}
+        found[name] = {rate: _auc(figures, task, name) for rate, figures in rates.items()}
+    return found
 
 
 def _folder(name: str, run_name: str) -> str:

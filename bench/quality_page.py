@@ -25,11 +25,16 @@ household had bought the item.""",
 FIGURES = (("auc", "AUC"), ("user_auc", "per-user AUC"), ("log_loss", "log loss"))
 
 
+NOTES = "## What to make of it"
+"""From this line on the page is written by hand."""
+
+
 def write_page(results: Path, page: Path) -> None:
-    """Write the page of every `quality_*/quality.json` in a folder."""
+    """Write the page of every `quality_*/quality.json` in a folder; what was written by hand stays."""
     found = [json.loads(path.read_text()) for path in sorted(results.glob("quality_*/quality.json"))]
     sections = "\n\n".join(_section(figures) for figures in found)
-    page.write_text(_HEAD + sections + "\n")
+    _, line, notes = page.read_text().partition(NOTES) if page.exists() else ("", "", "")
+    page.write_text(_HEAD + sections + "\n" + (f"\n{line}{notes}" if line else ""))
 
 
 _HEAD = """# Quality of the models
@@ -38,11 +43,11 @@ Made by `python -m bench.quality` (`--jobs N` for several runs at once); the fig
 `bench/results/quality_*`.
 
 Every model has the same budget: width, depth, history events, candidates in a batch, epochs, optimiser and
-schedule. Its learning rate is the best of three on the validation slice (the newest 20 % of the training events),
-by AUC of the first task; nothing else was tuned for one model alone. The test slice was scored once, with those
-rates. Figures are means over the seeds, with the smallest and the largest in brackets. HSTU's `dlrm_v3` has
-DLRMv3's position and time encodings, `research` its bias tables; `recsys_examples` reads item and action as two
-rows. Climber reads two blocks, the others one of twice the length.
+schedule. The learning rate is chosen on the validation slice (the newest 20 % of the training events), by AUC of
+the first task; nothing else was tuned for one model alone. The test slice was scored once, with those rates.
+Figures are means over the seeds, with the smallest and the largest in brackets. HSTU's `dlrm_v3` has DLRMv3's
+position and time encodings, `research` its bias tables; `recsys_examples` reads item and action as two rows.
+Climber reads two blocks (all events, and a strategy's), the others one of twice the length.
 
 """
 
@@ -59,6 +64,8 @@ def _section(figures: dict[str, Any]) -> str:
     for task in first["tasks"]:
         events = next(iter(first["tasks"][task]["models"].values()))["events"]
         parts += [f"Task `{task}`, {events:,} scored candidates:", _table(figures, task)]
+    if any(len(tried) > 1 for tried in figures["validation_auc"].values()):
+        parts += [f"AUC of `{next(iter(first['tasks']))}` on the validation slice, by learning rate:", _rates(figures)]
     return "\n\n".join(parts)
 
 
@@ -74,6 +81,16 @@ def _table(figures: dict[str, Any], task: str) -> str:
     for name, seeds in runs.items():
         rate = f"{figures['learning_rates'][name]:g}"
         lines.append(_row(name, rate, [run["tasks"][task]["models"][name] for run in seeds]))
+    return "\n".join(lines)
+
+
+def _rates(figures: dict[str, Any]) -> str:
+    """The learning rates tried; blank where one was not."""
+    tried = figures["validation_auc"]
+    rates = sorted({rate for aucs in tried.values() for rate in aucs}, key=float)
+    lines = [f"| model | {' | '.join(rates)} |", "|---|" + "---|" * len(rates)]
+    for name, aucs in tried.items():
+        lines.append(f"| {name} | {' | '.join(f'{aucs[r]:.4f}' if r in aucs else '' for r in rates)} |")
     return "\n".join(lines)
 
 
