@@ -42,7 +42,7 @@ _HEAD = """# Quality of the models
 Made by `python -m bench.quality` (`--jobs N` for several runs at once); the figures lie in
 `bench/results/quality_*`.
 
-Every model has the same budget: width, depth, history events, candidates in a batch, epochs, optimiser and
+Every model has the same budget: width, depth, history events, a batch's room for candidates, epochs, optimiser and
 schedule. The learning rate is chosen on the validation slice (the newest 20 % of the training events), by AUC of
 the first task; nothing else was tuned for one model alone. The test slice was scored once, with those rates.
 Figures are means over the seeds, with the smallest and the largest in brackets. HSTU's `dlrm_v3` has DLRMv3's

@@ -42,7 +42,7 @@ def test_every_variant_reads_as_many_events_and_batches_as_many_requests(dataset
         model = nnx.eval_shape(lambda c=config: make_ranker(c.model, c.schema, 100, rngs=nnx.Rngs(0)))
         size = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
         assert size > 0
-    assert set(held) == {held[0]}
+    assert max(held) <= 1.3 * min(held)
 
 
 def quality(auc: float) -> dict[str, Any]:
