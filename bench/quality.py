@@ -24,10 +24,13 @@ from bench.environment import describe
 from bench.quality_page import write_page
 from flame_jax.config import Config, HstuConfig, load
 from flame_jax.data.known import DATASETS
+from flame_jax.models.cost import request_cost
 from flame_jax.schema import Block
 
 PROG = "python -m bench.quality"
 RATES = (0.001, 0.002, 0.004)
+CANDIDATES = 100
+"""Of the request whose cost is shown beside the quality."""
 TIME_ROWS = 1025
 """Rows of DLRMv3's time table: two years at sqrt(minutes)."""
 
@@ -135,6 +138,10 @@ def compare(dataset: str, args: argparse.Namespace) -> dict[str, Any]:
     return describe(f"{PROG} --dataset {dataset}", args.commit) | {
         "dataset": dataset,
         "budget": asdict(base.train) | {"width": base.model.width, "layers": base.model.layers},
+        "flops": {
+            name: request_cost(c.model, c.schema, c.schema.history_rows, CANDIDATES).layers
+            for name, c in models.items()
+        },
         "learning_rates": rates,
         "validation_auc": validation_aucs(work, list(models), task),
         "runs": {name: [tested[_folder(name, f"seed{seed}")] for seed in range(args.seeds)] for name in models},

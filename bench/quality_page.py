@@ -47,7 +47,8 @@ schedule. The learning rate is chosen on the validation slice (the newest 20 % o
 the first task; nothing else was tuned for one model alone. The test slice was scored once, with those rates.
 Figures are means over the seeds, with the smallest and the largest in brackets. HSTU's `dlrm_v3` has DLRMv3's
 position and time encodings, `research` its bias tables; `recsys_examples` reads item and action as two rows.
-Climber reads two blocks (all events, and a strategy's), the others one of twice the length.
+Climber reads two blocks (all events, and a strategy's), the others one of twice the length. MFLOP: useful FLOPs of
+the layers for a request with a full history and 100 candidates, in millions.
 
 """
 
@@ -71,16 +72,17 @@ def _section(figures: dict[str, Any]) -> str:
 
 def _table(figures: dict[str, Any], task: str) -> str:
     lines = [
-        "| model | learning rate | " + " | ".join(title for _, title in FIGURES) + " |",
-        "|---|---|" + "---|" * len(FIGURES),
+        "| model | MFLOP | learning rate | " + " | ".join(title for _, title in FIGURES) + " |",
+        "|---|---|---|" + "---|" * len(FIGURES),
     ]
     runs = figures["runs"]
     first = next(iter(runs.values()))
     baselines = [name for name in first[0]["tasks"][task]["models"] if name not in runs]
-    lines += [_row(name, "", [run["tasks"][task]["models"][name] for run in first]) for name in baselines]
+    lines += [_row(name, "", "", [run["tasks"][task]["models"][name] for run in first]) for name in baselines]
     for name, seeds in runs.items():
         rate = f"{figures['learning_rates'][name]:g}"
-        lines.append(_row(name, rate, [run["tasks"][task]["models"][name] for run in seeds]))
+        flops = f"{figures['flops'][name] / 1e6:.0f}"
+        lines.append(_row(name, flops, rate, [run["tasks"][task]["models"][name] for run in seeds]))
     return "\n".join(lines)
 
 
@@ -94,9 +96,9 @@ def _rates(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _row(name: str, rate: str, seeds: Sequence[dict[str, float]]) -> str:
+def _row(name: str, flops: str, rate: str, seeds: Sequence[dict[str, float]]) -> str:
     cells = [_spread([run[key] for run in seeds]) for key, _ in FIGURES]
-    return f"| {name} | {rate} | {' | '.join(cells)} |"
+    return f"| {name} | {flops} | {rate} | {' | '.join(cells)} |"
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -1,27 +1,36 @@
-"""Useful floating-point operations of a request: what the mask lets through, a multiply-add counted as two."""
+"""What a request costs: useful floating-point operations (what the mask lets through, a multiply-add counted as two)
+and bytes."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 from flame_jax.config import ModelConfig
+from flame_jax.packing import row_width
 from flame_jax.schema import FeatureSchema
 
 
 class Cost(NamedTuple):
-    """FLOPs of one request.
+    """FLOPs and bytes of one request.
 
     Attributes:
         linear: the layers' matrix products, every row of the history and of the candidates.
         attention: products of queries with the keys they see, and of weights with values.
         masked: what a dense masked attention spends besides `attention`.
         rest: fusion and head.
+        slot_bytes: what the request takes of a slot, and so of the transfer to the device, alignment left out.
+        history_bytes: keys and values of its history in every layer, in the computing type: what a cache of them
+            would hold.
+        score_bytes: its float32 scores.
     """
 
     linear: int
     attention: int
     masked: int
     rest: int
+    slot_bytes: int
+    history_bytes: int
+    score_bytes: int
 
     @property
     def layers(self) -> int:
@@ -47,7 +56,19 @@ def request_cost(config: ModelConfig, schema: FeatureSchema, history: int, candi
         attention=stack * pairs * per_pair,
         masked=stack * (rows * rows - pairs) * per_pair,
         rest=candidates * _rest(config, blocks, len(schema.tasks)),
+        slot_bytes=4 * _slot_words(config, schema, history, candidates),
+        history_bytes=stack * history * config.heads * (query + value) * (2 if config.dtype == "bfloat16" else 4),
+        score_bytes=4 * candidates * len(schema.tasks),
     )
+
+
+def _slot_words(config: ModelConfig, schema: FeatureSchema, history: int, candidates: int) -> int:
+    """4-byte words of the request's row, its tokens (item, action, time) and its features."""
+    blocks = len(schema.blocks)
+    per_candidate = sum(group == "item" for group, _ in schema.slot_features)
+    per_request = row_width(blocks) + len(schema.slot_features) - per_candidate
+    tokens = blocks * (history + candidates) * (3 + config.host_words)
+    return per_request + tokens + candidates * per_candidate
 
 
 def _layer_shape(config: ModelConfig) -> tuple[int, int, int]:

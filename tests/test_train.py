@@ -18,6 +18,7 @@ from flax import nnx
 
 from flame_jax import train as module
 from flame_jax.config import Config
+from flame_jax.data.known import DATASETS, KnownDataset
 from flame_jax.models.checkpoint import Checkpoint, CheckpointError, CheckpointFolder, load_checkpoint
 from flame_jax.models.climber import Climber
 from flame_jax.models.serving import load_weights
@@ -363,3 +364,45 @@ def test_without_scikit_learn_training_names_the_extra_and_help_still_works() ->
     shown = subprocess.run([sys.executable, "-c", probe, "--help"], capture_output=True, text=True, timeout=120)
     assert shown.returncode == 0
     assert "--train.epochs" in shown.stdout
+
+
+def test_a_known_data_set_brings_its_configuration_and_is_imported_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written: list[Path] = []
+
+    def write(store: str | Path) -> tuple[int, int, int]:
+        written.append(Path(store))
+        tiny.write_store(Path(store))
+        return tiny.USERS, tiny.ITEMS, 0
+
+    config = tiny.config(tmp_path, epochs=1)
+    file = tiny.write_config(config, tmp_path / "config.yaml")
+    monkeypatch.setitem(DATASETS, "ml-100k", KnownDataset(write, file))
+    for _ in range(2):
+        main(["--dataset", "ml-100k", "--train.epochs", "1"])
+    assert written == [tmp_path / "store"]
+    assert load_checkpoint(config.train.checkpoint).step == 1
+    with pytest.raises(SystemExit) as ended:
+        main(["--dataset=ml-1m"])
+    assert ended.value.code == 2
+    assert "ml-1m" in capsys.readouterr().err
+
+
+def test_a_chunk_with_its_negatives_must_fit_a_batch(
+    run: tiny.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = retarget(run.config, tmp_path, chunk=20, negatives=3)
+    line = refusal(config, tmp_path, capsys)
+    assert "train.candidates is 64" in line
+    assert "80" in line
+
+
+def test_weights_brought_from_elsewhere_can_not_be_resumed(
+    run: tiny.Run, dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = retarget(run.config, tmp_path)
+    brought = dataclasses.replace(load_checkpoint(run.config.train.checkpoint), step=0, optimizer=[], training={})
+    with CheckpointFolder(config.train.checkpoint) as folder:
+        folder.save(brought)
+    assert "no state of this optimiser" in refusal(config, tmp_path, capsys)

@@ -68,6 +68,7 @@ def test_the_page_shows_means_and_spreads_and_keeps_what_was_written_by_hand(tmp
         "commit": "c0ffee",
         "versions": {"jax": "1"},
         "budget": {"width": 8, "layers": 1, "epochs": 2},
+        "flops": {"climber": 7_400_000},
         "learning_rates": {"climber": 0.001},
         "validation_auc": {"climber": {"0.001": 0.71, "0.002": 0.70}},
         "runs": {"climber": [figures("climber", auc) for auc in (0.7, 0.8, 0.75)]},
@@ -77,8 +78,8 @@ def test_the_page_shows_means_and_spreads_and_keeps_what_was_written_by_hand(tmp
     page = tmp_path / "page.md"
     write_page(tmp_path, page)
     text = page.read_text()
-    assert "| climber | 0.001 | 0.7500 (0.7000 .. 0.8000) | 0.5000 | 0.3000 |" in text
-    assert "| item mean |  | 0.6000 | 0.5000 | 0.3000 |" in text
+    assert "| climber | 7 | 0.001 | 0.7500 (0.7000 .. 0.8000) | 0.5000 | 0.3000 |" in text
+    assert "| item mean |  |  | 0.6000 | 0.5000 | 0.3000 |" in text
     assert "| climber | 0.7100 | 0.7000 |" in text
     assert "abacus, commit c0ffee" in text
     page.write_text(f"old figures\n\n{NOTES}\n\nClimber rises.\n")

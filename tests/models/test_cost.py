@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from flame_jax.config import Config, HeadConfig, HstuConfig, ModelConfig, load
 from flame_jax.models.cost import request_cost
-from flame_jax.schema import FeatureSchema
+from flame_jax.packing import Bucket, Layout, slot_layout
+from flame_jax.schema import Block, Feature, FeatureSchema
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -51,7 +53,32 @@ def test_hstu_by_a_loop_over_what_each_row_sees() -> None:
     assert cost.rest == candidates * (experts + mix + tower)
 
 
-@pytest.mark.parametrize("name", ["climber_base", "climber_long", "hstu_dlrmv3", "hstu_8l", "hstu_ml100k", "demo"])
+@pytest.mark.parametrize("place", ["device", "host"])
+def test_slot_bytes_are_those_of_a_slot_that_one_request_fills(place: Literal["device", "host"]) -> None:
+    config = ModelConfig(width=6, item_table=place)
+    schema = FeatureSchema(
+        blocks=(Block("a"), Block("b")),
+        item_features=(Feature("x", "numeric"), Feature("y", "id", 5), Feature("z", "id", 5, "table")),
+        user_features=(Feature("u", "id", 5),),
+        context_features=(Feature("c", "bits", 3),),
+    )
+    history, candidates = 7, 5
+    bucket = Bucket(history + candidates, candidates)
+    slot = slot_layout(schema, Layout(align=1, max_requests=1), bucket, host_words=config.host_words)
+    assert request_cost(config, schema, history, candidates).slot_bytes == 4 * slot.words
+
+
+def test_history_bytes_by_hand() -> None:
+    """Two blocks of three layers, 7 rows of 2 heads with a key of 4 and a value of 4 numbers, 2 bytes each."""
+    config = ModelConfig(width=6, layers=3, heads=2, head_dim=4, dtype="bfloat16")
+    cost = request_cost(config, FeatureSchema(blocks=(Block("a"), Block("b")), tasks=("s", "t")), 7, 5)
+    assert cost.history_bytes == 2 * 3 * 7 * 2 * (4 + 4) * 2
+    assert cost.score_bytes == 4 * 5 * 2
+
+
+@pytest.mark.parametrize(
+    "name", ["climber_base", "climber_long", "hstu_dlrmv3", "hstu_8l", "hstu_ml100k", "demo", "completejourney"]
+)
 def test_every_configuration_makes_a_ladder_and_a_model(name: str) -> None:
     from flame_jax.fke.buckets import make_ladder
     from flame_jax.models.serving import abstract_model, weight_specs
