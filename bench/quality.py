@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -28,6 +29,15 @@ from flame_jax.models.cost import request_cost
 from flame_jax.schema import Block
 
 PROG = "python -m bench.quality"
+MODELS = (
+    "climber",
+    "climber without adaptive layer",
+    "climber without fusion",
+    "transformer",
+    "hstu dlrm_v3",
+    "hstu recsys_examples",
+    "hstu research",
+)
 RATES = (0.001, 0.002, 0.004)
 CANDIDATES = 100
 """Of the request whose cost is shown beside the quality."""
@@ -40,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog=PROG, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
     add("--dataset", action="append", choices=sorted(DATASETS), help="default: all of them")
-    add("--model", action="append", help="train only these variants; default: all of them")
+    add("--model", action="append", choices=MODELS, help="train only these variants; default: all of them")
     add("--seeds", type=int, default=3)
     add("--rates", type=float, nargs="+", default=RATES, help="learning rates tried on the validation slice")
     add("--jobs", type=int, default=1, help="runs at once")
@@ -53,11 +63,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     for name in args.dataset or sorted(DATASETS):
         if not args.page_only:
-            figures = compare(name, args)
-            out = Path(args.out) / f"quality_{name}"
-            out.mkdir(parents=True, exist_ok=True)
-            (out / "quality.json").write_text(json.dumps(figures, indent=1) + "\n")
+            command = shlex.join([*PROG.split(), *(sys.argv[1:] if argv is None else argv)])
+            save(Path(args.out) / f"quality_{name}" / "quality.json", compare(name, args, command))
     write_page(Path(args.out), Path(args.page))
+
+
+def save(path: Path, figures: dict[str, Any]) -> None:
+    """Write the figures of one data set; those of models that were not trained now stay, if nothing else differs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        earlier = json.loads(path.read_text())
+        same = all(earlier.get(name) == figures[name] for name in ("dataset", "budget", "device", "versions"))
+        if left := [name for name in earlier["runs"] if name not in figures["runs"]]:
+            if not same:
+                raise SystemExit(
+                    f"{PROG}: error: {path} has figures of another budget or machine for {', '.join(left)}"
+                )
+            for part in ("flops", "learning_rates", "validation_auc", "runs"):
+                figures[part] = earlier[part] | figures[part]
+    path.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def variants(base: Config) -> dict[str, Config]:
@@ -99,12 +123,11 @@ def _one_block(base: Config, architecture: str, length: int, *, interleave: bool
     )
 
 
-def compare(dataset: str, args: argparse.Namespace) -> dict[str, Any]:
+def compare(dataset: str, args: argparse.Namespace, command: str) -> dict[str, Any]:
     """Train every variant of one data set, `args.jobs` runs at once."""
     known = DATASETS[dataset]
     base = load(["--config", known.config, *args.set], prog=PROG)
-    if not Path(base.store.path).exists():
-        known.write(base.store.path)
+    known.ensure(base.store.path)
     models = {name: c for name, c in variants(base).items() if not args.model or name in args.model}
     work = Path(args.work) / dataset
 
@@ -135,7 +158,7 @@ def compare(dataset: str, args: argparse.Namespace) -> dict[str, Any]:
             for name, c in models.items()
         },
     )
-    return describe(f"{PROG} --dataset {dataset}", args.commit) | {
+    return describe(command, args.commit) | {
         "dataset": dataset,
         "budget": asdict(base.train) | {"width": base.model.width, "layers": base.model.layers},
         "flops": {
@@ -176,10 +199,13 @@ def with_training(config: Config, **changed: object) -> Config:
 def run(folder: Path, config: Config) -> dict[str, Any]:
     """Train in a process of its own, unless it was done before, and return its figures."""
     figures = folder / "checkpoint" / "quality.json"
+    config = with_training(config, checkpoint=str(folder / "checkpoint"))
+    settings = json.dumps(asdict(config))
+    if (folder / "config.json").exists() and (folder / "config.json").read_text() != settings:
+        raise SystemExit(f"{PROG}: error: {folder} holds a run of other settings: remove it, or name another --work")
     if not figures.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        config = with_training(config, checkpoint=str(folder / "checkpoint"))
-        (folder / "config.json").write_text(json.dumps(asdict(config)))
+        (folder / "config.json").write_text(settings)
         command = [sys.executable, "-m", "flame_jax.train", "--config", str(folder / "config.json")]
         environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         with (folder / "log").open("w") as log:

@@ -17,7 +17,7 @@ import numpy as np
 from flame_jax.config import StoreConfig, refuse
 from flame_jax.pda.lmdb_store import LmdbStore
 from flame_jax.pda.records import CorruptRecord
-from flame_jax.pda.store import MAX_USER_KEY, StoreError
+from flame_jax.pda.store import StoreError, usable_key
 from flame_jax.request import History
 from flame_jax.server.proto import ranking_pb2, ranking_pb2_grpc
 
@@ -95,8 +95,8 @@ class RankingClient:
         Args:
             candidates: external item ids, int64[C].
             history: sent instead of the store's; see `flame_jax.request.History`.
-            item_features: [C] floats for a numeric feature, [C] integers for any other, of the item features
-                that come with the request.
+            item_features: [C] integers, or floats for a numeric feature, of the item features that come with the
+                request.
             timeout: seconds; the server's default when None.
 
         Raises:
@@ -235,7 +235,7 @@ class _Catalogue:
             self._store.close()
 
     def history(self, user: str) -> History:
-        if self._store is None or not 0 < len(user.encode()) <= MAX_USER_KEY:
+        if self._store is None or not usable_key(user):
             return History.empty()
         record = self._store.read(user, np.empty(0, np.int64)).user
         return record.history if record else History.empty()

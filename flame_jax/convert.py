@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
@@ -16,7 +17,7 @@ from flame_jax.config import Config, load, refuse
 from flame_jax.models.checkpoint import Checkpoint, CheckpointError, CheckpointFolder, load_checkpoint
 from flame_jax.models.interchange import SUFFIX, is_checkpoint_file, load_safetensors, save_safetensors
 from flame_jax.models.meta_stu import META_STU
-from flame_jax.models.placement import Choices, Placed, ReadStack, not_finite, place
+from flame_jax.models.placement import ITEMS, Choices, Placed, ReadStack, not_finite, place
 from flame_jax.models.public_layers import Layers, PublicStack, Sizes
 from flame_jax.models.recsys_examples import RECSYS_EXAMPLES, heads_inside
 from flame_jax.models.serving import abstract_model, check_weights, weight_specs
@@ -100,8 +101,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args.rename = {ours: theirs for ours, _, theirs in renames}
     if not all(ours and theirs for ours, theirs in args.rename.items()) or len(args.rename) != len(renames):
         parser.error("--rename takes OURS=THEIRS, once for each of ours")
-    vocabularies = [text.rpartition("=") for text in args.vocabulary]
-    args.vocabulary = {feature: path for feature, _, path in vocabularies}
+    # A path may hold an "=" too.
+    vocabularies = [
+        re.fullmatch(r"(?:((?:item|user|context)\.\w+)=)?(.*)", text, re.DOTALL) for text in args.vocabulary
+    ]
+    args.vocabulary = {match[1] or ITEMS: match[2] for match in vocabularies if match}
     if len(args.vocabulary) != len(vocabularies) or not all(args.vocabulary.values()):
         parser.error("--vocabulary takes a file, once for the items and once for each id feature")
     if args.heads_outermost and args.format != "recsys-examples":

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 import numpy as np
+
+Source = Literal["", "store", "request", "table"]
 
 MAX_BITS = 31
 """Widest multi-hot feature: it travels as one int32 word."""
@@ -29,14 +31,14 @@ class Feature:
             most, the most frequent ones (id; row 0 is added for all others); 0 for numeric.
         source: where an item's value comes from: `store`, read for each request; `request`, sent with each
             candidate; `table`, a column on the device by item row, filled from the store when the model is
-            trained, so that only the item id crosses the bus. "" is the group's own: the store for items and
-            users, the request for the context.
+            trained, so that only the item id crosses the bus. In a schema "" becomes the group's own: the store for
+            items and users, the request for the context.
     """
 
     name: str
     kind: Literal["categorical", "numeric", "bits", "id"]
     size: int = 0
-    source: Literal["", "store", "request", "table"] = ""
+    source: Source = ""
 
     def __post_init__(self) -> None:
         if self.kind not in ("categorical", "numeric", "bits", "id"):
@@ -135,10 +137,12 @@ class FeatureSchema:
             names = [f.name for f in getattr(self, group)]
             if names:
                 _unique(group, names)
-        for group, own in (("user_features", "store"), ("context_features", "request")):
-            for feature in getattr(self, group):
-                if feature.source not in ("", own):
-                    raise ValueError(f"schema.{group}: {feature.name!r} can only come from the {own}")
+        own: Source
+        for group, own in (("item_features", "store"), ("user_features", "store"), ("context_features", "request")):
+            named = tuple(f if f.source else replace(f, source=own) for f in getattr(self, group))
+            object.__setattr__(self, group, named)
+            if wrong := [f.name for f in named if f.source != own and group != "item_features"]:
+                raise ValueError(f"schema.{group}: {wrong[0]!r} can only come from the {own}")
         if any(f.name == "id" for f in self.item_features):
             raise ValueError("schema.item_features may not name a feature 'id': it is the stored row's key")
         if type(self.actions) is not int or type(self.block_length) is not int:
@@ -176,7 +180,7 @@ class FeatureSchema:
     @property
     def fetches_items(self) -> bool:
         """Whether scoring needs the candidates' records from the store."""
-        return any(f.source in ("", "store") for f in self.item_features)
+        return any(f.source == "store" for f in self.item_features)
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists and dicts, as `json` reads them back."""

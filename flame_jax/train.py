@@ -74,8 +74,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         refuse(PROG, "training needs scikit-learn: pip install 'flame-jax[demo]'", status=1)
     try:
         check_trainable(config)
-        if known is not None and not Path(config.store.path).exists():
-            known.write(config.store.path)
+        if known is not None:
+            known.ensure(config.store.path)
         store = LmdbStore(config.store.path, config.schema)
         dataset = Dataset(store, config.schema, config.train.label_actions)
         store.close()
@@ -109,6 +109,11 @@ def check_trainable(config: Config) -> None:
         raise ValueError(f"train.label_actions names actions {sorted(bad)} outside [0, {config.schema.actions})")
     if (rows := config.train.chunk * (1 + config.train.negatives)) > config.train.candidates:
         raise ValueError(f"train.candidates is {config.train.candidates}, a chunk and its negatives take {rows}")
+    longest = config.layout.aligned(config.schema.history_rows) + config.layout.aligned(rows)
+    if longest > config.train.tokens:
+        raise ValueError(
+            f"train.tokens is {config.train.tokens}, a full history with a chunk and its negatives takes {longest}"
+        )
     sent = any(feature.source == "request" for feature in config.schema.item_features)
     if config.schema.context_features or sent or len(config.schema.scenarios) > 1:
         print(
@@ -132,30 +137,35 @@ def columns(dataset: Dataset, starts: np.ndarray, stops: np.ndarray, negatives: 
     parts = []
     for user, (start, stop) in enumerate(zip(starts.tolist(), stops.tolist(), strict=True)):
         items, labels = dataset.candidates(user, start, stop, negatives)
-        taken, counts = np.unique(dataset.users[user][1].history.item_ids[:start], return_counts=True)
+        history = dataset.users[user][1].history
+        seen = np.searchsorted(history.timestamps, history.timestamps[start]) if start < stop else 0
+        taken, counts = np.unique(history.item_ids[:seen], return_counts=True)
         at = np.minimum(np.searchsorted(taken, items), max(len(taken) - 1, 0))
         before = np.where(taken[at] == items, counts[at], 0) if len(taken) else np.zeros(len(items), np.int64)
         parts.append(Slice(np.full(len(items), user), items, labels > 0, before))
     return Slice(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-def train(config: Config, dataset: Dataset, folder: CheckpointFolder) -> tuple[Slice, Scores]:
+def train(config: Config, dataset: Dataset, folder: CheckpointFolder) -> tuple[Slice, Scores, int]:
     """Train, resuming from the newest checkpoint.
 
     Returns:
-        The held-out slice, and the probabilities of the model and of the baselines.
+        The held-out slice, the probabilities of the model and of the baselines, and the steps of an epoch.
     """
     settings = config.train
     trained, ends = cuts(config, dataset)
-    sampler = NegativeSampler(dataset.histories(), settings.negative_period) if settings.negatives else None
-
-    def negatives(seed: int) -> Negatives | None:
-        return None if sampler is None else sampler.draw(settings.negatives, np.random.default_rng(seed))
-
+    sampler: NegativeSampler | None = None
+    drawn: Negatives | None = None
+    held_out: Negatives | None = None
+    if settings.negatives:
+        histories, period = dataset.histories(), settings.negative_period
+        sampler = NegativeSampler(histories, period, trained)
+        drawn = sampler.draw(settings.negatives, np.random.default_rng(settings.seed))
+        beside = NegativeSampler(histories, period, ends)
+        held_out = beside.draw(settings.negatives, np.random.default_rng(HELD_OUT_SEED))
     # Half of the training events stand for the history, so that the baselines see repeats as the test has them.
-    past = columns(dataset, np.zeros_like(trained), trained, negatives(settings.seed))
-    newer = columns(dataset, trained // 2, trained, negatives(settings.seed))
-    held_out = negatives(HELD_OUT_SEED)
+    past = columns(dataset, np.zeros_like(trained), trained, drawn)
+    newer = columns(dataset, trained // 2, trained, drawn)
     held = columns(dataset, trained, ends, held_out)
 
     vocabularies = make_vocabularies(dataset, past.items)
@@ -165,10 +175,10 @@ def train(config: Config, dataset: Dataset, folder: CheckpointFolder) -> tuple[S
     start_from_biases(model, vocabularies.items, biases)
     bucket = Bucket(settings.tokens, settings.candidates)
     packer = Packer(dataset, vocabularies, config.layout, bucket)
-    fit(config, model, vocabularies, packer, trained, sampler, folder)
+    steps = fit(config, model, vocabularies, packer, trained, sampler, folder)
 
     scores = baselines(past, newer, held, biases)
-    return held, scores | {config.model.name: predict(config, model, packer, trained, ends, held_out)}
+    return held, scores | {config.model.name: predict(config, model, packer, trained, ends, held_out)}, steps
 
 
 def fit_biases(past: Slice, seed: int) -> list[BiasModel]:
@@ -201,10 +211,14 @@ def start_from_biases(model: Ranker, vocabulary: Vocabulary, biases: Sequence[Bi
     model.item_bias[...], model.head["logit_b"][...] = jnp.asarray(item_bias), jnp.asarray(logit_b)
 
 
-def report(config: Config, held: Slice, scores: Scores) -> dict[str, Any]:
+def report(config: Config, held: Slice, scores: Scores, steps: int) -> dict[str, Any]:
     """Print a table for each task, warn of a miss, and save the figures beside the checkpoint."""
     ours = config.model.name
-    figures: dict[str, Any] = {"slice": "validation" if config.train.validation else "test", "tasks": {}}
+    figures: dict[str, Any] = {
+        "slice": "validation" if config.train.validation else "test",
+        "steps": steps,
+        "tasks": {},
+    }
     for task, name in enumerate(config.schema.tasks):
         truth = held.labels[:, task]
         rows = {model: evaluate(held.users, truth, p[:, task]) for model, p in scores.items()}

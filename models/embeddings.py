@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flame_jax.models.params import Column, Param, normal
+from flame_jax.models.params import Column, Param, constant, normal
 from flame_jax.pallas_kernels.segments import Tiles
 from flame_jax.schema import Feature, FeatureSchema, feature_field
 
@@ -14,10 +14,17 @@ EMBEDDING_SCALE = 0.05
 
 
 def feature_tables(rngs: nnx.Rngs, schema: FeatureSchema, width: int) -> nnx.Dict[Param]:
-    """One embedding table per side feature, [rows, d] (see `Feature.rows`)."""
-    return nnx.Dict(
-        {feature_field(group, f): normal(rngs, (f.rows, width), EMBEDDING_SCALE) for group, f in schema.features}
-    )
+    """One embedding table per side feature, [rows, d] (see `Feature.rows`).
+
+    Those of features that only a request brings begin with zeros: where training never sees a value, a value must not
+    move the scores.
+    """
+
+    def table(group: str, feature: Feature) -> Param:
+        shape = (feature.rows, width)
+        return constant(shape, 0.0) if feature.source == "request" else normal(rngs, shape, EMBEDDING_SCALE)
+
+    return nnx.Dict({feature_field(group, f): table(group, f) for group, f in schema.features})
 
 
 def value_columns(schema: FeatureSchema, vocabulary: int) -> nnx.Dict[Column]:

@@ -20,6 +20,7 @@ from flame_jax.vocabulary import UNKNOWN_ROW, Vocabularies, Vocabulary
 
 VOCABULARY = "vocabulary"
 STACK = "layers/"
+COLUMNS = "columns/"
 ITEMS = ""
 """Stands for the items where an id feature's name is asked for."""
 
@@ -108,11 +109,14 @@ def place(
     taken |= set(expected)
     kinds = {theirs[name]: specs[name].dtype.kind for name in wanted}
     problems += _unusable(tensors, {n: kinds.get(n, "f") for n in tensors if n in taken and n not in id_tensors})
+    problems += _outside(tensors, theirs, schema, row_ids, choices.unknown_row)
     if problems:
         raise ValueError("the tensors do not fit the model: " + "; ".join(problems))
 
     found = {name: tensors[theirs[name]].astype(specs[name].dtype, copy=False) for name in wanted} | stack
     found |= {name: _by_id(found[name], ids_of, choices.unknown_row) for name, ids_of in by_id.items()}
+    for name, keys in _id_columns(wanted, row_ids).items():
+        found[name] = _renumbered(found[name], keys, choices.unknown_row)
     if fresh:
         initial = flat_weights(make_ranker(config, schema, vocabularies.items.rows, rngs=nnx.Rngs(seed)))
         found |= {name: initial[name] for name in fresh}
@@ -237,6 +241,45 @@ def _unusable(tensors: Mapping[str, np.ndarray], kinds: Mapping[str, str]) -> li
 
 def _fits_int32(values: np.ndarray) -> bool:
     return bool((values >= -(2**31)).all() and (values < 2**31).all())
+
+
+def _id_columns(names: Collection[str], ids: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Those weights that hold, by item, rows of an id feature's table; and the feature's keys."""
+    return {n: ids[feature] for n in names if n.startswith(COLUMNS) and (feature := n.removeprefix(COLUMNS)) in ids}
+
+
+def _outside(
+    tensors: Mapping[str, np.ndarray],
+    theirs: Mapping[str, str],
+    schema: FeatureSchema,
+    ids: Mapping[str, np.ndarray],
+    unknown_row: bool,
+) -> list[str]:
+    """Columns with a value that is no row of its feature's table, or out of its feature's range."""
+    problems = []
+    for feature in schema.item_features:
+        name = theirs.get(COLUMNS + feature_field("item", feature), "")
+        column = tensors.get(name)
+        if feature.kind == "numeric" or column is None or column.dtype.kind not in "iu":
+            continue
+        limit = feature.limit
+        if feature.kind == "id":
+            limit = len(ids[feature_field("item", feature)]) + (1 if unknown_row else 0)
+        if ((column < 0) | (column >= limit)).any():
+            problems.append(f"{name} has values outside [0, {limit})")
+    return problems
+
+
+def _renumbered(column: np.ndarray, keys: np.ndarray, unknown_row: bool) -> np.ndarray:
+    """Their rows of an id feature's table as ours, whose keys ascend."""
+    rows = np.empty(len(keys) + 1, column.dtype)
+    rows[0] = UNKNOWN_ROW
+    rows[1 + np.argsort(keys)] = np.arange(1, len(keys) + 1)
+    if unknown_row:
+        renumbered: np.ndarray = rows[column]
+        return renumbered
+    # Theirs begin at the first key; the row that was added for unknown items has no value.
+    return np.concatenate([[UNKNOWN_ROW], rows[column[1:] + 1]]).astype(column.dtype)
 
 
 def _by_id(table: np.ndarray, ids: np.ndarray, unknown_row: bool) -> np.ndarray:

@@ -31,8 +31,8 @@ class Fault(Enum):
     BAD_CONTEXT = (_INVALID, "context has an unknown feature or a value outside its feature's range")
     BAD_ITEM_FEATURES = (
         _INVALID,
-        "item_features must name item features that come with the request, each with one float32 (numeric) or int64 "
-        "value per candidate, in its feature's range",
+        "item_features must name item features that come with the request, each with one int64 "
+        "or, if numeric, float32 value per candidate, in its feature's range",
     )
     BAD_TOP_K = (_INVALID, "top_k must not exceed server.max_candidates")
     UNKNOWN_ITEM = (_INVALID, "a candidate is not in the vocabulary and server.strict_ids is set")

@@ -11,7 +11,7 @@ from google.protobuf.message import DecodeError
 from flame_jax.config import ServerConfig
 from flame_jax.packing import MAX_TIME
 from flame_jax.pda.records import feature_row
-from flame_jax.pda.store import MAX_USER_KEY
+from flame_jax.pda.store import usable_key
 from flame_jax.request import History, RankRequest
 from flame_jax.schema import FeatureSchema
 from flame_jax.server.errors import Fault, RankError
@@ -34,7 +34,7 @@ class Validator:
         except DecodeError:
             raise RankError(Fault.MALFORMED_MESSAGE) from None
         self._check_routing(wire)
-        _require(_usable(wire.user, MAX_USER_KEY) and wire.user != "", Fault.BAD_USER)
+        _require(usable_key(wire.user), Fault.BAD_USER)
         _require(len(wire.request_id.encode()) <= MAX_REQUEST_ID, Fault.BAD_REQUEST_ID)
         history = self._history(wire.history) if wire.HasField("history") else None
         newest = int(history.timestamps[-1]) if history is not None and len(history) else 0
@@ -101,7 +101,9 @@ class Validator:
         columns = {}
         for name, raw in sent.items():
             feature = self._sent[name]
-            wire_dtype = np.dtype("<f4" if feature.kind == "numeric" else "<i8")
+            # A numeric value may come as an integer: its 8 bytes tell it from a float32.
+            floats = feature.kind == "numeric" and len(raw) == 4 * count
+            wire_dtype = np.dtype("<f4" if floats else "<i8")
             _require(len(raw) == count * wire_dtype.itemsize, Fault.BAD_ITEM_FEATURES)
             values = np.frombuffer(raw, wire_dtype)
             _require(feature.fits(values), Fault.BAD_ITEM_FEATURES)
@@ -118,10 +120,6 @@ class Validator:
 def _require(condition: object, fault: Fault) -> None:
     if not condition:
         raise RankError(fault)
-
-
-def _usable(name: str, most: int) -> bool:
-    return len(name.encode()) <= most and not any(ord(c) < 32 or ord(c) == 127 for c in name)
 
 
 def _index(name: str, known: tuple[str, ...], fault: Fault) -> int:

@@ -148,7 +148,8 @@ def test_a_schema_that_cannot_be_is_refused_with_its_reason(make: Callable[[], o
 def test_one_name_may_serve_in_several_groups() -> None:
     group = (Feature("x", "numeric"),)
     schema = FeatureSchema(item_features=group, user_features=group, context_features=group)
-    assert schema.item_features == schema.user_features == schema.context_features
+    assert [f"{group}.{f.name}" for group, f in schema.features] == ["item.x", "user.x", "context.x"]
+    assert [f.source for _, f in schema.features] == ["store", "store", "request"]
 
 
 def test_a_kind_that_does_not_exist_is_refused() -> None:

@@ -67,7 +67,7 @@ def with_histories(dataset: Dataset, change: Any) -> Dataset:
 
 def trained(config: Config, dataset: Dataset) -> tuple[Slice, dict[str, np.ndarray], Checkpoint]:
     with CheckpointFolder(config.train.checkpoint) as folder:
-        held, scores = train(config, dataset, folder)
+        held, scores, _ = train(config, dataset, folder)
     return held, scores, load_checkpoint(config.train.checkpoint)
 
 
@@ -154,7 +154,7 @@ def test_a_finished_run_is_only_evaluated_again(run: tiny.Run, dataset: Dataset,
         held, scores, checkpoint = trained(finished, dataset)
     assert losses == []
     assert_same_weights(checkpoint, load_checkpoint(run.config.train.checkpoint))
-    figures = report(finished, held, scores)
+    figures = report(finished, held, scores, 5)
     quality = json.loads((Path(run.config.train.checkpoint) / "quality.json").read_text())
     for task, expected in quality["tasks"].items():
         found = figures["tasks"][task]["models"]["climber"]["auc"]
@@ -276,7 +276,7 @@ def test_a_model_that_loses_to_a_baseline_is_a_warning_and_no_failure(
     config, held = tiny.config(tmp_path), held_out()
     (tmp_path / "checkpoint").mkdir()
     good = np.where(held.labels, 0.9, 0.1)
-    figures = report(config, held, {"item mean": np.full((60, 2), 0.5), "user + item": good, "climber": 1 - good})
+    figures = report(config, held, {"item mean": np.full((60, 2), 0.5), "user + item": good, "climber": 1 - good}, 5)
     for task in ("like", "love"):
         models = figures["tasks"][task]["models"]
         assert (models["user + item"]["auc"], models["climber"]["auc"]) == (1.0, 0.0)
@@ -289,7 +289,7 @@ def test_a_model_that_loses_to_a_baseline_is_a_warning_and_no_failure(
 def test_a_model_that_wins_is_no_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config, held = tiny.config(tmp_path, validation=True), held_out()
     (tmp_path / "checkpoint").mkdir()
-    report(config, held, {"item mean": np.full((60, 2), 0.5), "climber": np.where(held.labels, 0.9, 0.1)})
+    report(config, held, {"item mean": np.full((60, 2), 0.5), "climber": np.where(held.labels, 0.9, 0.1)}, 5)
     assert "warning" not in capsys.readouterr().out
     assert json.loads((tmp_path / "checkpoint" / "quality.json").read_text())["slice"] == "validation"
 
@@ -347,7 +347,7 @@ def test_a_user_with_more_held_out_events_than_a_batch_holds_is_scored_or_refuse
     assert long.lengths()[0] - split_points(long.lengths(), 0.2)[0] > config.train.candidates
     try:
         with CheckpointFolder(config.train.checkpoint) as folder:
-            held, scores = train(config, long, folder)
+            held, scores, _ = train(config, long, folder)
     except ValueError:
         assert begun == [], "refused only after the whole training"
     else:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flame_jax.data import completejourney, movielens
+from flame_jax.pda.lmdb_store import LmdbStore
+from flame_jax.pda.store import StoreError
 
 
 class KnownDataset(NamedTuple):
@@ -19,6 +21,13 @@ class KnownDataset(NamedTuple):
 
     write: Callable[[str | Path], tuple[int, int, int]]
     config: str
+
+    def ensure(self, store: str | Path) -> None:
+        """Import it, unless a store that can be read is there. Raises DataError, StoreError."""
+        try:
+            LmdbStore(store).close()
+        except StoreError:
+            self.write(store)
 
 
 DATASETS = {

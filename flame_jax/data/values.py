@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from flame_jax.data.columns import Column
 from flame_jax.data.keys import stable_keys
 from flame_jax.packing import MAX_TIME
-from flame_jax.pda.store import MAX_USER_KEY
+from flame_jax.pda.store import MAX_USER_KEY, usable_key
 from flame_jax.schema import NO_KEY, Feature
 
 _PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
@@ -59,7 +59,11 @@ def times(column: Column, unit: str) -> Times:
         row = int(outside.argmax())
         own = pa.types.is_integer(values.type) or column.is_floating
         hint = _fitting_unit(clock[row]) if own else ""
-        raise column.at(row, f"is {column.values[row]}: outside [0, 2**31) seconds since the epoch{hint}")
+        try:
+            shown = str(column.values[row])
+        except ValueError:  # a timestamp that Python's calendar lacks
+            shown = f"{clock[row]} {unit} from the epoch"
+        raise column.at(row, f"is {shown}: outside [0, 2**31) seconds since the epoch{hint}")
     return Times(clock, seconds.astype(np.int64))
 
 
@@ -124,10 +128,12 @@ def users(column: Column) -> tuple[np.ndarray, list[str]]:
     if not (column.is_text or column.is_integer):
         raise column.mistyped("strings or integers")
     codes, names = column.encoded()
-    bad = [code for code, name in enumerate(names) if not 0 < len(name.encode()) <= MAX_USER_KEY]
+    bad = [code for code, name in enumerate(names) if not usable_key(name)]
     if bad:
         row = int((codes == bad[0]).argmax())
-        raise column.at(row, f"is {names[bad[0]][:40]!r}: it must have 1..{MAX_USER_KEY} bytes of UTF-8")
+        raise column.at(
+            row, f"is {names[bad[0]][:40]!r}: it must have 1..{MAX_USER_KEY} bytes of UTF-8 and no control characters"
+        )
     return codes, names
 
 

@@ -12,6 +12,11 @@ MAX_USER_KEY = 256
 """Bytes of a user's key in UTF-8 at most."""
 
 
+def usable_key(user: str) -> bool:
+    """Whether a request may name a user by this key: 1 to 256 bytes of UTF-8, no control characters."""
+    return 0 < len(user.encode()) <= MAX_USER_KEY and not any(ord(c) < 32 or ord(c) == 127 for c in user)
+
+
 class StoreError(Exception):
     """The store can't be opened or doesn't answer; the message is one clear line for the operator."""
 

@@ -22,7 +22,10 @@ Negatives = Sequence[np.ndarray]
 
 
 class Example(NamedTuple):
-    """Score events [start, stop) of a user, and the negatives beside them, as of event `seen`: from those before it."""
+    """Score events [start, stop) of a user, and the negatives beside them, as of event `seen`: from those before it.
+
+    Events of one time came together: `seen` is the first of the time of `start`, or an earlier event.
+    """
 
     user: int
     seen: int
@@ -83,6 +86,10 @@ class Dataset:
         """Every user's events."""
         return [record.history for _, record in self.users]
 
+    def moments(self) -> list[np.ndarray]:
+        """Per user int64[events]: the first event of each event's time."""
+        return [np.searchsorted(h.timestamps, h.timestamps, side="left") for h in self.histories()]
+
     def lengths(self) -> np.ndarray:
         """int64[users], events per user."""
         return np.array([len(record.history) for _, record in self.users], np.int64)
@@ -141,10 +148,15 @@ def split_points(lengths: np.ndarray, fraction: float) -> np.ndarray:
     return lengths - np.floor(lengths * fraction).astype(np.int64)
 
 
-def sample_examples(stops: np.ndarray, *, chunk: int, min_history: int, random: np.random.Generator) -> list[Example]:
+def sample_examples(
+    stops: np.ndarray, moments: Sequence[np.ndarray], *, chunk: int, min_history: int, random: np.random.Generator
+) -> list[Example]:
     """Cut every user's events [min_history, stop) at random into chunks of chunk/4 to chunk events.
 
     Each event is a candidate once; users come in random order.
+
+    Args:
+        moments: see `Dataset.moments`.
     """
     examples = []
     for user in random.permutation(len(stops)):
@@ -152,16 +164,18 @@ def sample_examples(stops: np.ndarray, *, chunk: int, min_history: int, random: 
         at = max(at, 0)
         while at < stop:
             end = min(stop, at + int(random.integers(max(1, chunk // 4), chunk + 1)))
-            examples.append(Example(int(user), at, at, end))
+            examples.append(Example(int(user), int(moments[user][at]), at, end))
             at = end
     random.shuffle(examples)
     return examples
 
 
-def held_out_examples(starts: np.ndarray, stops: np.ndarray, *, most: int) -> list[Example]:
-    """Events [start, stop) of every user as of event `start`, in order, in pieces of at most `most` events."""
+def held_out_examples(
+    starts: np.ndarray, stops: np.ndarray, moments: Sequence[np.ndarray], *, most: int
+) -> list[Example]:
+    """Events [start, stop) of every user as of the time of `start`, in order, in pieces of at most `most` events."""
     return [
-        Example(user, start, at, min(at + most, stop))
+        Example(user, int(moments[user][start]), at, min(at + most, stop))
         for user, (start, stop) in enumerate(zip(starts.tolist(), stops.tolist(), strict=True))
         for at in range(start, stop, most)
     ]
@@ -173,6 +187,7 @@ class Packer:
     def __init__(self, dataset: Dataset, vocabularies: Vocabularies, layout: Layout, bucket: Bucket) -> None:
         self._dataset, self._layout, self._bucket = dataset, layout, bucket
         self._assembler = Assembler(dataset.schema, vocabularies)
+        self.moments = dataset.moments()
         self._block_lengths = dataset.block_lengths()
         self.slot: SlotLayout = slot_layout(dataset.schema, layout, bucket)
 

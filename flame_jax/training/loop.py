@@ -24,6 +24,8 @@ from flame_jax.training.examples import Batch, Negatives, Packer, held_out_examp
 from flame_jax.training.negatives import NegativeSampler
 from flame_jax.vocabulary import UNKNOWN_ROW, Vocabularies
 
+_FREE = ("checkpoint", "epochs", "tiles_at_once")
+"""Settings of training that may change when it is resumed."""
 _SHOW_EVERY = 20
 """Steps between two looks at the loss: each waits for the device."""
 
@@ -36,12 +38,15 @@ def fit(
     trained: np.ndarray,
     negatives: NegativeSampler | None,
     folder: CheckpointFolder,
-) -> None:
+) -> int:
     """Train `model` in place for the epochs that the newest checkpoint has not seen yet.
 
     Args:
         trained: int64[users], events of each user that are trained on.
-        negatives: draws new negatives for each epoch.
+        negatives: draws new negatives for each epoch, beside those events.
+
+    Returns:
+        Steps of the first epoch; the others take as many but for the random cuts.
     """
     settings = config.train
 
@@ -49,30 +54,30 @@ def fit(
         """The epoch's groups of examples and its negatives."""
         random = np.random.default_rng((settings.seed, epoch))
         drawn = None if negatives is None else negatives.draw(settings.negatives, random)
-        examples = sample_examples(trained, chunk=settings.chunk, min_history=settings.min_history, random=random)
+        examples = sample_examples(
+            trained, packer.moments, chunk=settings.chunk, min_history=settings.min_history, random=random
+        )
         return packer.groups(examples, drawn), drawn
 
     steps = len(draw(0)[0])
     if not steps:
         raise ValueError("no user has an event to train on")
     optimizer = make_optimizer(config, steps * settings.epochs)
-    graph, *parts = nnx.split(model, nnx.Param, Column)
-    weights, columns = parts
-    state = optimizer.init(weights)
-    fixed = {
-        name: value for name, value in dataclasses.asdict(settings).items() if name not in ("checkpoint", "epochs")
-    }
+    state = optimizer.init(nnx.state(model, nnx.Param))
+    fixed = {name: value for name, value in dataclasses.asdict(settings).items() if name not in _FREE}
     begun = 0
     if (checkpoint := folder.latest()) is not None:
         checkpoint.check_fits(config.model, config.schema, folder.path)
         check_resumable(checkpoint, fixed, vocabularies, folder.path, len(jax.tree.leaves(state)))
+        check_columns(checkpoint, flat_weights(model), folder.path)
         load_weights(model, checkpoint.weights)
-        weights = nnx.state(model, nnx.Param)
         state = jax.tree.unflatten(jax.tree.structure(state), [jnp.asarray(leaf) for leaf in checkpoint.optimizer])
         begun = checkpoint.step
     if begun >= settings.epochs:
         print(f"checkpoint {folder.path} has all {settings.epochs} epochs: nothing to train")
-        return
+        return steps
+    graph, *parts = nnx.split(model, nnx.Param, Column)
+    weights, columns = parts
     step = make_step(config, partial(nnx.merge, graph), columns, optimizer, packer)
     for epoch in range(begun, settings.epochs):
         groups, drawn = draw(epoch)
@@ -90,6 +95,7 @@ def fit(
         folder.save(
             Checkpoint(epoch + 1, config.model, config.schema, vocabularies, flat_weights(model), leaves, fixed)
         )
+    return steps
 
 
 def check_resumable(
@@ -113,6 +119,16 @@ def check_resumable(
         raise CheckpointError(
             f"checkpoint {path} can't be resumed, for {', '.join(changed)} changed: remove the folder to train anew"
         )
+
+
+def check_columns(checkpoint: Checkpoint, weights: dict[str, np.ndarray], path: Path) -> None:
+    """Raise CheckpointError unless a checkpoint's columns are those of the store."""
+    for name, weight in weights.items():
+        if name.startswith("columns/") and not np.array_equal(checkpoint.weights.get(name, ()), weight):
+            raise CheckpointError(
+                f"checkpoint {path} can't be resumed, for the store's {name.removeprefix('columns/')} changed: remove "
+                f"the folder to train anew"
+            )
 
 
 def make_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
@@ -213,9 +229,11 @@ def predict(
         )
         return jax.nn.sigmoid(logits)
 
-    most = max(1, config.train.candidates // (1 + config.train.negatives))
+    room = config.train.tokens - config.layout.aligned(config.schema.history_rows)
+    room = min(config.train.candidates, room // config.layout.align * config.layout.align)
+    most = max(1, room // (1 + config.train.negatives))
     pieces = []
-    for group in packer.groups(held_out_examples(starts, stops, most=most), negatives):
+    for group in packer.groups(held_out_examples(starts, stops, packer.moments, most=most), negatives):
         batch = packer.pack(group, negatives)
         scores = np.asarray(forward(weights, batch.words), np.float64)
         pieces += [scores[first : first + count] for _, first, count in batch.examples]

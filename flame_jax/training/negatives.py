@@ -24,20 +24,25 @@ class NegativeSampler:
     Args:
         histories: every user's events.
         period: seconds.
+        pooled: int64[users], how many of each user's events items are drawn from; None for all. An event beyond
+            them has negatives too, if its period has pooled events.
     """
 
-    def __init__(self, histories: Sequence[History], period: int) -> None:
+    def __init__(self, histories: Sequence[History], period: int, pooled: np.ndarray | None = None) -> None:
         self._ends = np.cumsum([len(h) for h in histories])
         joined = [np.concatenate([getattr(h, name) for h in histories]) for name in ("item_ids", "timestamps")]
         self._item_ids, items = np.unique(joined[0], return_inverse=True)
         _, self._periods = np.unique(joined[1] // period, return_inverse=True)
         self._users = np.repeat(np.arange(len(histories)), [len(h) for h in histories])
-        order = np.argsort(self._periods, kind="stable")
+        lengths = np.array([len(h) for h in histories])
+        position = np.arange(len(items)) - np.repeat(self._ends - lengths, lengths)
+        pool = np.flatnonzero(position < (lengths if pooled is None else pooled)[self._users])
+        order = pool[np.argsort(self._periods[pool], kind="stable")]
         self._items_by_period = items[order]
-        counts = np.bincount(self._periods)
-        self._first = np.cumsum(counts) - counts
-        self._count = counts
-        self._taken = np.unique(self._key(self._users, self._periods, items))
+        self._count = np.bincount(self._periods[pool], minlength=self._periods.max(initial=-1) + 1)
+        self._first = np.cumsum(self._count) - self._count
+        # What is held out must not show, not even by what is not drawn.
+        self._taken = np.unique(self._key(self._users[pool], self._periods[pool], items[pool]))
 
     def _key(self, users: np.ndarray, periods: np.ndarray, items: np.ndarray) -> np.ndarray:
         key: np.ndarray = (users * (self._periods.max() + 1) + periods) * len(self._item_ids) + items
@@ -47,7 +52,7 @@ class NegativeSampler:
         """Per user int64[events, count] external item ids, NO_ITEM where none was found."""
         users, periods = (np.repeat(of, count) for of in (self._users, self._periods))
         drawn = np.full(len(users), NO_ITEM, np.int64)
-        left = np.arange(len(users))
+        left = np.flatnonzero(self._count[periods])
         for _ in range(_ROUNDS):
             spot = self._first[periods[left]] + random.integers(0, self._count[periods[left]])
             items = self._items_by_period[spot]

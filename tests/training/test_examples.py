@@ -71,21 +71,25 @@ def test_the_held_out_share_is_rounded_down() -> None:
 def test_every_training_event_is_a_candidate_once_and_has_its_history(
     stops: list[int], chunk: int, min_history: int, seed: int
 ) -> None:
-    examples = sample_examples(
-        np.array(stops), chunk=chunk, min_history=min_history, random=np.random.default_rng(seed)
-    )
+    random = np.random.default_rng(seed)
+    times = [np.sort(random.integers(0, 20, stop)) for stop in stops]
+    moments = [np.searchsorted(t, t) for t in times]
+    examples = sample_examples(np.array(stops), moments, chunk=chunk, min_history=min_history, random=random)
     for user, stop in enumerate(stops):
         covered = sorted(at for e in examples if e.user == user for at in range(e.start, e.stop))
         assert covered == list(range(max(0, min(min_history, stop - 1)), stop))
     for example in examples:
         assert 0 < example.stop - example.start <= chunk
+        clock = times[example.user].tolist()
+        assert clock[: example.seen] == [t for t in clock if t < clock[example.start]]
 
 
 def test_chunks_differ_between_epochs_but_not_between_runs() -> None:
     stops = np.array([50, 60, 70])
 
     def epoch(seed: int) -> list[Example]:
-        return sample_examples(stops, chunk=8, min_history=3, random=np.random.default_rng(seed))
+        moments = [np.arange(stop) for stop in stops]
+        return sample_examples(stops, moments, chunk=8, min_history=3, random=np.random.default_rng(seed))
 
     assert epoch(1) == epoch(1)
     assert epoch(1) != epoch(2)
@@ -100,7 +104,7 @@ def candidates_of(batch: Batch) -> Iterator[tuple[Example, int, int]]:
 
 def epoch_batches(dataset: Dataset, packer: Packer, stops: np.ndarray) -> list[Batch]:
     random = np.random.default_rng(0)
-    return batches_of(packer, sample_examples(stops, chunk=8, min_history=3, random=random))
+    return batches_of(packer, sample_examples(stops, dataset.moments(), chunk=8, min_history=3, random=random))
 
 
 def batches_of(packer: Packer, examples: list[Example]) -> list[Batch]:
@@ -125,7 +129,7 @@ def test_packed_batches_are_what_a_naive_reading_of_the_histories_gives(dataset:
             assert fields["context.hour"][row] == 0
             for number, block in enumerate(blocks):
                 actions = block.actions or range(tiny.ACTIONS)
-                past = [at for at in range(example.start) if history.actions[at] in actions]
+                past = [at for at in range(example.seen) if history.actions[at] in actions]
                 past = past[-tiny.SCHEMA.block_length :]
                 assert words[5 + number] == len(past)
                 where = slice(words[0], words[0] + len(past))
@@ -229,7 +233,9 @@ def test_an_event_of_an_item_outside_the_vocabulary_is_packed_as_unknown(dataset
 
 
 def test_batches_are_filled_in_order_and_none_is_empty(dataset: Dataset, packer: Packer) -> None:
-    examples = sample_examples(dataset.lengths(), chunk=8, min_history=3, random=np.random.default_rng(3))
+    examples = sample_examples(
+        dataset.lengths(), dataset.moments(), chunk=8, min_history=3, random=np.random.default_rng(3)
+    )
     batches = batches_of(packer, examples)
     assert [example for batch in batches for example, _, _ in batch.examples] == examples
     assert all(0 < len(batch.examples) <= tiny.LAYOUT.max_requests for batch in batches)
