@@ -230,7 +230,7 @@ class TrainConfig:
         candidates: candidate rows of a training batch.
         tiles_at_once: tiles of attention that training computes together; more is faster and takes more memory.
         chunk: most events scored from one history when training.
-        min_history: events a history holds at least before its next ones become candidates.
+        min_history: a user's first events, never scored in training; a user with fewer gives the last one.
         test_fraction: newest share of each user's events, kept for the test.
         validation: train without the newest share of the training events as well and report on it, to
             choose settings; the test events stay untouched.

@@ -57,7 +57,8 @@ def save_safetensors(checkpoint: Checkpoint, path: str | Path) -> None:
     try:
         # The format has no strides; order="C" copies what needs it and, unlike ascontiguousarray, leaves scalars alone.
         contiguous = {name: np.asarray(value, order="C") for name, value in tensors.items()}
-        safetensors.numpy.save_file(contiguous, partial, metadata={METADATA: json.dumps(about)})
+        # Not save_file: it leaves a file that only its owner may read.
+        partial.write_bytes(safetensors.numpy.save(contiguous, metadata={METADATA: json.dumps(about)}))
         _sync(partial)
         os.rename(partial, path)
         _sync(path.parent)

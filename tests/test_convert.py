@@ -34,7 +34,7 @@ SCHEMA = FeatureSchema(
     block_length=12,
     item_features=(
         Feature("genres", "bits", 5),
-        Feature("maker", "id", 6),
+        Feature("maker", "id", 6, "table"),
         Feature("shop", "categorical", 4, "table"),
         Feature("price", "numeric", 0, "table"),
     ),
@@ -88,7 +88,8 @@ def ours(model: ModelConfig = MODEL) -> Tensors:
     """Weights under our names, every one away from its initial value; rows of `item` in ascending order of ids."""
     random = np.random.default_rng(0)
     weights = {n: (w + 0.3 * random.normal(size=w.shape)).astype(w.dtype) for n, w in initial(model).items()}
-    return weights | {"columns/item.shop": random.integers(0, 4, ROWS).astype(np.int32)}
+    makers = np.concatenate([[0], random.integers(1, 4, ROWS - 1)]).astype(np.int32)
+    return weights | {"columns/item.shop": random.integers(0, 4, ROWS).astype(np.int32), "columns/item.maker": makers}
 
 
 def theirs(model: ModelConfig = MODEL, prefix: str = "_stu_layers.", names: dict[str, str] | None = None) -> Tensors:
@@ -101,10 +102,14 @@ def theirs(model: ModelConfig = MODEL, prefix: str = "_stu_layers.", names: dict
         else:
             out[name] = value
     rows = [sorted(IDS.tolist()).index(id_) + 1 for id_ in IDS.tolist()]
-    for name in ("item", "item_bias", "columns/item.shop", "columns/item.price"):
+    for name in ("item", "item_bias", "columns/item.shop", "columns/item.price", "columns/item.maker"):
         out[name] = out[name][[0, *rows]]
     rows = [sorted(MAKERS.tolist()).index(key) + 1 for key in MAKERS.tolist()]
     out["features/item.maker"] = out["features/item.maker"][[0, *rows, 4, 5, 6]]
+    # A column of ids holds rows of the feature's table: theirs.
+    out["columns/item.maker"] = np.array(
+        [[0, *rows].index(row) for row in out["columns/item.maker"].tolist()], np.int32
+    )
     return out | {"vocabulary": IDS, "vocabulary/item.maker": MAKERS}
 
 
@@ -229,7 +234,10 @@ def test_keys_of_an_id_feature_come_from_a_file_of_their_own(desk: Desk) -> None
     np.save(desk.folder / "makers.npy", tensors.pop("vocabulary/item.maker"))
     assert "no ids of item.maker" in desk.refusal(*desk.meta(tensors))
     assert "item.colour" in desk.refusal(*desk.meta(tensors, "--vocabulary", f"item.colour={desk.folder}/makers.npy"))
-    desk.run(*desk.meta(tensors, "--vocabulary", f"item.maker={desk.folder}/makers.npy"))
+    (desk.folder / "lr=1").mkdir()
+    np.save(desk.folder / "lr=1" / "ids.npy", tensors.pop("vocabulary"))
+    files = [f"item.maker={desk.folder}/makers.npy", f"{desk.folder}/lr=1/ids.npy"]
+    desk.run(*desk.meta(tensors, "--vocabulary", files[0], "--vocabulary", files[1]))
     assert_is_ours(load_checkpoint(desk.out))
 
 
@@ -247,13 +255,25 @@ def test_columns_keep_the_kind_of_their_feature(desk: Desk) -> None:
     assert "columns/item.price is int64, expected float32" in said
     wide = theirs() | {"columns/item.shop": np.full(ROWS, 2**31)}
     assert "columns/item.shop has values that do not fit int32" in desk.refusal(*desk.meta(wide))
+    wide = theirs() | {"columns/item.shop": np.full(ROWS, 4), "columns/item.maker": np.full(ROWS, -1)}
+    said = desk.refusal(*desk.meta(wide))
+    assert "columns/item.shop has values outside [0, 4)" in said
+    assert "columns/item.maker has values outside [0, 4)" in said
 
 
 def test_tables_without_an_unknown_row_get_one_of_zeros(desk: Desk) -> None:
     tensors = theirs()
-    by_id = ("item", "item_bias", "features/item.maker", "columns/item.shop", "columns/item.price")
+    by_id = (
+        "item",
+        "item_bias",
+        "features/item.maker",
+        "columns/item.shop",
+        "columns/item.price",
+        "columns/item.maker",
+    )
     for name in by_id:
         tensors[name] = tensors[name][1:]
+    tensors["columns/item.maker"] = tensors["columns/item.maker"] - 1
     assert "item is (7, 12), expected (8, 12)" in desk.refusal(*desk.meta(tensors))
     desk.run(*desk.meta(tensors, "--no-unknown-row"))
     found = load_checkpoint(desk.out).weights

@@ -18,12 +18,13 @@ from flax import nnx
 
 from flame_jax import train as module
 from flame_jax.config import Config
+from flame_jax.data.errors import DataError
 from flame_jax.data.known import DATASETS, KnownDataset
 from flame_jax.models.checkpoint import Checkpoint, CheckpointError, CheckpointFolder, load_checkpoint
 from flame_jax.models.climber import Climber
 from flame_jax.models.serving import load_weights
 from flame_jax.packing import Bucket
-from flame_jax.pda.lmdb_store import LmdbStore
+from flame_jax.pda.lmdb_store import LmdbStore, LmdbWriter
 from flame_jax.request import History
 from flame_jax.train import Slice, cuts, main, report, train
 from flame_jax.training.baselines import Biases, BiasModel, item_mean
@@ -192,8 +193,9 @@ def test_validation_is_the_newest_share_of_what_training_would_otherwise_see(run
     assert (stops < ends).all()
 
 
+@pytest.mark.parametrize("negatives", [0, 2])
 def test_nothing_about_the_test_events_reaches_a_validation_run(
-    run: tiny.Run, dataset: Dataset, tmp_path: Path
+    negatives: int, run: tiny.Run, dataset: Dataset, tmp_path: Path
 ) -> None:
     test = split_points(dataset.lengths(), 0.2)
 
@@ -207,13 +209,16 @@ def test_nothing_about_the_test_events_reaches_a_validation_run(
 
     runs = []
     for name, data in (("one", dataset), ("two", with_histories(dataset, rewrite))):
-        runs.append(trained(retarget(run.config, tmp_path / name, epochs=1, validation=True), data))
+        # So long a period that every event's negatives could be any other event's item.
+        settings = {"epochs": 1, "validation": True, "negatives": negatives, "negative_period": 2**31}
+        runs.append(trained(retarget(run.config, tmp_path / name, **settings), data))
     (held, scores, checkpoint), (other_held, other_scores, other_checkpoint) = runs
     assert all(np.array_equal(a, b) for a, b in zip(held, other_held, strict=True))
     for name in scores:
         np.testing.assert_allclose(scores[name], other_scores[name], rtol=1e-5)
     assert_same_weights(checkpoint, other_checkpoint)
-    assert len(held.users) == int((test - split_points(test, 0.2)).sum())
+    events = int((test - split_points(test, 0.2)).sum())
+    assert events <= len(held.users) <= events * (1 + negatives)
 
 
 def test_scores_line_up_with_the_held_out_events(run: tiny.Run, dataset: Dataset, finished: Config) -> None:
@@ -378,7 +383,7 @@ def test_a_known_data_set_brings_its_configuration_and_is_imported_once(
 
     config = tiny.config(tmp_path, epochs=1)
     file = tiny.write_config(config, tmp_path / "config.yaml")
-    monkeypatch.setitem(DATASETS, "ml-100k", KnownDataset(write, file))
+    monkeypatch.setitem(DATASETS, "ml-100k", KnownDataset("tiny", write, file))
     for _ in range(2):
         main(["--dataset", "ml-100k", "--train.epochs", "1"])
     assert written == [tmp_path / "store"]
@@ -406,3 +411,30 @@ def test_weights_brought_from_elsewhere_can_not_be_resumed(
     with CheckpointFolder(config.train.checkpoint) as folder:
         folder.save(brought)
     assert "no state of this optimiser" in refusal(config, tmp_path, capsys)
+
+
+def test_a_full_history_must_fit_a_batch_beside_a_chunk(
+    run: tiny.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = retarget(run.config, tmp_path, tokens=16, candidates=16)
+    assert "train.tokens is 16, a full history with a chunk and its negatives takes 24" in refusal(
+        config, tmp_path, capsys
+    )
+
+
+def test_an_import_that_broke_off_is_begun_again(tmp_path: Path) -> None:
+    written: list[str | Path] = []
+
+    def write(store: str | Path) -> tuple[int, int, int]:
+        written.append(store)
+        tiny.write_store(Path(store))
+        return 1, 1, 1
+
+    known = KnownDataset("tiny", write, "unused")
+    with LmdbWriter(tmp_path / "store", tiny.SCHEMA):
+        pass
+    for _ in range(2):
+        known.ensure(tmp_path / "store")
+    with pytest.raises(DataError, match="holds 'tiny', not 'other'"):
+        known._replace(name="other").ensure(tmp_path / "store")
+    assert written == [tmp_path / "store"]

@@ -155,7 +155,10 @@ def _users(source: _Source, log: Log) -> Users:
     known = set(names)
     names += [name for name in listed if name not in known]
     if missing := len(names) - len(listed):
-        print(f"{missing} users of the log have no features: the table of users lacks them")
+        said = f"{missing} of {len(log.names)} users of the log have no features: the table of users lacks them"
+        if missing == len(log.names):
+            raise DataError(f"{said}; do both tables hold the same keys?")
+        print(said)
     index = {name: at for at, name in enumerate(names)}
     # Distinct values come in order of appearance: as none is twice, `listed` is in the order of the rows.
     at = np.fromiter((index[name] for name in listed), np.int64, len(listed))
@@ -197,8 +200,12 @@ def _items(source: _Source, log: Log, listed: np.ndarray | None) -> tuple[np.nda
     else:
         ids = listed
         _refuse_twice(Column(table, what, source.settings.item_column, "item id"), ids)
-        if missing := len(np.setdiff1d(log.items, ids)):
-            print(f"{missing} items of the log have no features: the table of items lacks them")
+        logged = np.unique(log.items)
+        if missing := len(np.setdiff1d(logged, ids)):
+            said = f"{missing} of {len(logged)} items of the log have no features: the table of items lacks them"
+            if missing == len(logged):
+                raise DataError(f"{said}; do both tables hold the same ids?")
+            print(said)
     out = default_rows(source.schema.stored_item_features, item_dtype(source.schema), len(ids))
     out["id"] = ids
     _fill(out, slice(None), table, what, source.plan.item_columns, rows)

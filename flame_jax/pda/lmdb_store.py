@@ -42,6 +42,9 @@ class LmdbStore:
         path: the folder.
         schema: what the records must have been written for; None takes whatever they were written for.
 
+    Attributes:
+        dataset: what it says it holds.
+
     Raises:
         StoreError: no store there, or one of another format or schema.
     """
@@ -55,6 +58,7 @@ class LmdbStore:
         except (ValueError, KeyError, TypeError) as error:
             self.close()
             raise StoreError(f"store {path} has a damaged description") from error
+        self.dataset = str(meta.get("dataset"))
         self._user_dtype, self._item_dtype = user_dtype(written), item_dtype(written)
         self._item_features = written.stored_item_features
         if schema is not None and written.store_fingerprint() != schema.store_fingerprint():
@@ -204,7 +208,7 @@ class LmdbWriter:
 
 def _open(path: Path, *, write: bool) -> tuple[lmdb.Environment, dict[str, Any]]:
     if not write and not os.path.isfile(path / "data.mdb"):
-        raise StoreError(f"no store at {path}")
+        raise StoreError(f"no store at {path}: run flame_jax.data import first")
     try:
         env = lmdb.open(
             str(path), map_size=_MAP_SIZE, max_dbs=len(_TABLES), readonly=not write, create=write, max_readers=512

@@ -267,6 +267,32 @@ def test_a_column_that_a_table_lacks_is_not_sought_in_the_log(
     assert f"{table}.csv: no column '{column}'; there are " in reason
 
 
+def test_a_time_that_python_can_not_print_is_named_all_the_same(tmp_path: Path, capsys: Capture) -> None:
+    times = pa.array([10, -(2**62) - 1, 30, 40], pa.timestamp("ns"))
+    events = write(tmp_path / "log.parquet", LOG | {"timestamp": times})
+    said = refusal(tmp_path, capsys, events=events, **ACTIONS)
+    assert said.startswith("row 1 of the events: time in column 'timestamp' is ")
+    assert "outside [0, 2**31) seconds since the epoch" in said
+
+
+def test_a_user_that_no_request_can_name_is_refused(tmp_path: Path, capsys: Capture) -> None:
+    events = write(tmp_path / "log.parquet", LOG | {"user": ["a", "b\tc", "a", "c"]})
+    said = refusal(tmp_path, capsys, events=events, **ACTIONS)
+    assert said.startswith("row 1 of the events: user in column 'user' is 'b\\tc': ")
+
+
+@pytest.mark.parametrize(("which", "table"), [("items", {"item": [7, 8, 9]}), ("users", {"user": ["x", "y", "z"]})])
+def test_a_table_that_shares_no_key_with_the_log_is_refused(
+    which: str, table: dict[str, Any], tmp_path: Path, capsys: Capture
+) -> None:
+    """The commonest mistake: ids of two systems."""
+    events = write(tmp_path / "log.parquet", LOG)
+    other = write(tmp_path / "table.parquet", (ITEMS if which == "items" else USERS) | table)
+    data: dict[str, Any] = {"events": events, which: other, **ACTIONS}
+    said = refusal(tmp_path, capsys, **data)
+    assert "do both tables hold the same" in said
+
+
 @pytest.mark.parametrize(
     ("seconds", "unit", "better"),
     [

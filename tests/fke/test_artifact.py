@@ -296,7 +296,7 @@ class DiskFull:
 @pytest.mark.parametrize(
     ("owner", "name", "call"),
     [
-        (safetensors.numpy, "save_file", 1),
+        (safetensors.numpy, "save", 1),
         (np, "save", 1),
         (Path, "write_bytes", 1),
         (Path, "write_bytes", 2),

@@ -55,12 +55,13 @@ def test_a_width_that_no_whole_words_hold_is_refused() -> None:
         ModelConfig(width=15, table_dtype="bfloat16", item_table="host")
 
 
-def exported(config: Config, folder: Path, place: Place) -> Artifact:
-    model = dataclasses.replace(config.model, item_table=place)
-    export = dataclasses.replace(config.export, artifact=str(folder / place), buckets=tiny.BUCKETS[:1])
+def exported(config: Config, folder: Path, place: Place, table_dtype: Type = "float32") -> Artifact:
+    name = f"{place}_{table_dtype}"
+    model = dataclasses.replace(config.model, item_table=place, table_dtype=table_dtype)
+    export = dataclasses.replace(config.export, artifact=str(folder / name), buckets=tiny.BUCKETS[:1])
     whole = dataclasses.replace(config, layout=tiny.LAYOUT, model=model, export=export)
-    main(["--config", tiny.write_config(whole, folder / f"{place}.yaml")])
-    return Artifact(folder / place)
+    main(["--config", tiny.write_config(whole, folder / f"{name}.yaml")])
+    return Artifact(folder / name)
 
 
 def scores_of(artifact: Artifact, user: int) -> np.ndarray:
@@ -79,6 +80,12 @@ def test_where_the_table_lies_is_chosen_at_export_and_changes_no_score(tmp_path:
     device, host = (exported(config, tmp_path, place) for place in PLACES)
     assert ITEM_TABLE in host.manifest.files
     assert ITEM_TABLE not in device.manifest.files
+    for place in PLACES:
+        small = exported(config, tmp_path, place, "bfloat16")
+        np.testing.assert_allclose(scores_of(small, 3), scores_of(device, 3), atol=0.02)
+        assert not np.array_equal(scores_of(small, 3), scores_of(device, 3))
+        modes = {path.name: path.stat().st_mode & 0o777 for path in small.path.iterdir()}
+        assert len(set(modes.values())) == 1, "files that another user may not read"
     for user in (3, 4):
         np.testing.assert_allclose(scores_of(host, user), scores_of(device, user), rtol=1e-5, atol=1e-7)
     table = Engine(host, tiny.device()).item_table

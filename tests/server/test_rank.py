@@ -108,6 +108,9 @@ def test_features_sent_with_the_candidates_reach_the_model(client: RankingClient
     price, shelf = [0.5 * k - 2 for k in range(9)], [9, 2**33, 5, -1, 9, 9, 2**63 - 1, 2**33, 0]
     answer = client.rank("u3", ITEMS[:9], request_time=NOW, item_features={"price": price, "shelf": shelf})
     check(answer, expected(files, "u3", ITEMS[:9], sent={"price": price, "shelf": shelf}))
+    whole = [3, -2, 0, 1, 5, 8, 0, 2, 1]
+    answer = client.rank("u3", ITEMS[:9], request_time=NOW, item_features={"price": whole})
+    check(answer, expected(files, "u3", ITEMS[:9], sent={"price": whole}))
     answer = client.rank("u3", ITEMS[:9], request_time=NOW, item_features={"shelf": np.array(shelf)})
     check(answer, expected(files, "u3", ITEMS[:9], sent={"shelf": shelf}))
 

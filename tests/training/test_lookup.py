@@ -6,10 +6,11 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
+import pytest
 from flax import nnx
 
 from flame_jax.config import Config, HeadConfig, ModelConfig, StoreConfig, TrainConfig
-from flame_jax.models.checkpoint import load_checkpoint
+from flame_jax.models.checkpoint import CheckpointError, load_checkpoint
 from flame_jax.models.registry import make_ranker
 from flame_jax.packing import Layout
 from flame_jax.pda.lmdb_store import LmdbStore, LmdbWriter
@@ -19,6 +20,7 @@ from flame_jax.schema import Feature, FeatureSchema
 from flame_jax.train import main
 from flame_jax.training.examples import Dataset
 from flame_jax.training.lookup import fill_columns, make_vocabularies
+from flame_jax.training.loop import check_columns
 from flame_jax.vocabulary import Vocabularies, Vocabulary
 from tests import tiny
 
@@ -117,3 +119,8 @@ def test_a_model_with_every_source_trains_and_resumes(tmp_path: Path) -> None:
     # Ids are forgotten at times, so that the row of unknown ones is trained too; a column's id is the item's own.
     assert not np.array_equal(one.weights["features/item.maker"][0], two.weights["features/item.maker"][0])
     assert dataclasses.asdict(one.model) == dataclasses.asdict(two.model)
+    for table in ("features/item.offer", "features/context.campaign"):
+        assert not two.weights[table][1:].any(), "a value that training never sees must not move a score"
+    other = dataclasses.replace(two, weights={**two.weights, "columns/item.price": np.zeros(7, np.float32)})
+    with pytest.raises(CheckpointError, match=r"the store's item\.price changed"):
+        check_columns(other, dict(two.weights), tmp_path)
