@@ -38,7 +38,7 @@ MODELS = (
     "hstu recsys_examples",
     "hstu research",
 )
-RATES = (0.001, 0.002, 0.004)
+RATES = (0.0005, 0.001, 0.002)
 CANDIDATES = 100
 """Of the request whose cost is shown beside the quality."""
 TIME_ROWS = 1025

@@ -105,7 +105,8 @@ class RankingClient:
         """
         ids = np.asarray(candidates)
         if ids.size and (ids.dtype.kind not in "iu" or (ids.dtype.kind == "u" and ids.max() > np.iinfo(np.int64).max)):
-            raise ValueError(f"candidates must be int64 item ids, not {ids.dtype}")
+            hint = "; strings become ids by flame_jax.data.keys.stable_key" if ids.dtype.kind in "SUO" else ""
+            raise ValueError(f"candidates must be int64 item ids, not {ids.dtype}{hint}")
         request = ranking_pb2.RankRequest(
             user=user,
             model=model,

@@ -365,17 +365,25 @@ class Config:
     server: ServerConfig = ServerConfig()
 
 
-def load(argv: Sequence[str] | None = None, *, prog: str) -> Config:
+def load(argv: Sequence[str] | None = None, *, prog: str, about: str | None = None) -> Config:
     """Resolve the configuration of one program from environment, file and flags.
 
     Ends the process with status 2 and one line naming the field when a key is unknown or a value is wrong,
     when `--config` is not the first argument, or when a `FLAME_SECTION__FIELD` variable names no field.
+
+    Args:
+        about: what `--help` says of the program.
     """
     import jsonargparse
 
     args = list(sys.argv[1:] if argv is None else argv)
     parser = jsonargparse.ArgumentParser(
-        prog=prog, env_prefix=ENV_PREFIX, default_env=True, exit_on_error=False, allow_abbrev=False
+        prog=prog,
+        description=about,
+        env_prefix=ENV_PREFIX,
+        default_env=True,
+        exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="YAML file; must be the first argument")
     parser.add_class_arguments(Config)

@@ -21,7 +21,7 @@ from flame_jax.models.placement import ITEMS, Choices, Placed, ReadStack, not_fi
 from flame_jax.models.public_layers import Layers, PublicStack, Sizes
 from flame_jax.models.recsys_examples import RECSYS_EXAMPLES, heads_inside
 from flame_jax.models.serving import abstract_model, check_weights, weight_specs
-from flame_jax.models.tensors import TensorError, read_tensors
+from flame_jax.models.tensors import READERS, TensorError, read_tensors
 
 PROG = "python -m flame_jax.convert"
 
@@ -38,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(own)
     config = load(["--config", args.config, *settings] if args.config else settings, prog=PROG)
     try:
+        if Path(args.out).suffix in set(READERS) - {SUFFIX}:
+            raise CheckpointError(f"{args.out}: what is written is a folder, or a file that ends with {SUFFIX}")
         if os.path.lexists(args.out):
             raise CheckpointError(f"{args.out} exists and is left alone: name another place")
         checkpoint, said = convert(args, config if args.config or settings else None)

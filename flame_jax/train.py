@@ -69,7 +69,7 @@ class Slice(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, evaluate, print and save the quality table."""
     args, known = take_dataset(list(sys.argv[1:] if argv is None else argv))
-    config = load(args, prog=PROG)
+    config = load(args, prog=PROG, about=__doc__)
     if importlib.util.find_spec("sklearn") is None:
         refuse(PROG, "training needs scikit-learn: pip install 'flame-jax[demo]'", status=1)
     try:
@@ -96,6 +96,10 @@ def take_dataset(args: list[str]) -> tuple[list[str], KnownDataset | None]:
     chosen, rest = parser.parse_known_args(args)
     known = DATASETS[chosen.dataset]
     if not any(arg.split("=")[0] == "--config" for arg in rest):
+        if not Path(known.config).is_file():
+            refuse(
+                PROG, f"{known.config}, which goes with {known.name}, is not here: run in a checkout, or name --config"
+            )
         rest = ["--config", known.config, *rest]
     return rest, known
 

@@ -111,7 +111,8 @@ def place(
     problems += _unusable(tensors, {n: kinds.get(n, "f") for n in tensors if n in taken and n not in id_tensors})
     problems += _outside(tensors, theirs, schema, row_ids, choices.unknown_row)
     if problems:
-        raise ValueError("the tensors do not fit the model: " + "; ".join(problems))
+        hint = "--rename, --fresh and --ignore settle names"
+        raise ValueError(f"the tensors do not fit the model ({hint}): " + "; ".join(problems))
 
     found = {name: tensors[theirs[name]].astype(specs[name].dtype, copy=False) for name in wanted} | stack
     found |= {name: _by_id(found[name], ids_of, choices.unknown_row) for name, ids_of in by_id.items()}

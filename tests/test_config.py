@@ -119,9 +119,9 @@ def test_a_nested_schema_comes_from_the_file(file: File) -> None:
     config = load(["--config", path], prog=PROG)
     assert config.schema.tasks == ("click",)
     assert config.schema.blocks == (Block("all"), Block("bought", (1, 2)))
-    assert config.schema.item_features == (Feature("genres", "bits", 19),)
+    assert config.schema.item_features == (Feature("genres", "bits", 19, "store"),)
     assert config.schema.user_features == ()
-    assert config.schema.context_features == (Feature("distance", "numeric"),)
+    assert config.schema.context_features == (Feature("distance", "numeric", 0, "request"),)
     assert config.layout == Layout(align=16, max_requests=Layout().max_requests)
 
 

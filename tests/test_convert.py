@@ -523,3 +523,9 @@ def test_the_description_is_plain_json(folder: str, desk: Desk) -> None:
         about = json.loads(file.metadata()["flame_jax"])
         assert file.get_tensor("layers/uvqk_w").shape == ours()["layers/uvqk_w"].shape
     assert (about["step"], about["model"]["name"]) == (4, "brought")
+
+
+@pytest.mark.parametrize("name", ["x.npz", "x.pt"])
+def test_a_file_that_is_not_written_is_not_named_as_if_it_were(name: str, desk: Desk) -> None:
+    desk.out = desk.folder / name
+    assert "a folder, or a file that ends with .safetensors" in desk.refusal(*desk.meta(theirs()))

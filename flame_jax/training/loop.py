@@ -114,10 +114,11 @@ def check_resumable(
     changed = [f"train.{name}" for name, value in fixed.items() if checkpoint.training.get(name) != value]
     theirs = {"items": checkpoint.vocabularies.items, **checkpoint.vocabularies.features}
     ours = {"items": vocabularies.items, **vocabularies.features}
-    changed += [f"the store's {name}" for name in ours if not np.array_equal(theirs[name].keys, ours[name].keys)]
+    changed += [f"the vocabulary of {name}" for name in ours if not np.array_equal(theirs[name].keys, ours[name].keys)]
     if changed:
         raise CheckpointError(
-            f"checkpoint {path} can't be resumed, for {', '.join(changed)} changed: remove the folder to train anew"
+            f"checkpoint {path} can't be resumed, for {', '.join(changed)} changed: remove the folder, or name another "
+            f"train.checkpoint, to train anew"
         )
 
 
