@@ -21,7 +21,7 @@ import safetensors.numpy
 
 from bench.environment import describe
 from flame_jax.client import RankingClient
-from flame_jax.config import load
+from flame_jax.commandline import load
 from flame_jax.demo import wait_ready
 from flame_jax.pda.lmdb_store import LmdbStore
 

@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from bench.environment import describe
 from bench.quality_page import write_page
-from flame_jax.config import Config, HstuConfig, load
+from flame_jax.commandline import load
+from flame_jax.config import Config, HstuConfig
 from flame_jax.data.known import DATASETS
 from flame_jax.models.cost import request_cost
 from flame_jax.schema import Block

@@ -14,7 +14,8 @@ from typing import Any, Self
 import grpc
 import numpy as np
 
-from flame_jax.config import StoreConfig, refuse
+from flame_jax.commandline import refuse
+from flame_jax.config import StoreConfig
 from flame_jax.pda.lmdb_store import LmdbStore
 from flame_jax.pda.records import CorruptRecord
 from flame_jax.pda.store import StoreError, usable_key

@@ -13,7 +13,8 @@ from typing import NoReturn
 
 import numpy as np
 
-from flame_jax.config import Config, load, refuse
+from flame_jax.commandline import load, refuse
+from flame_jax.config import Config
 from flame_jax.models.checkpoint import Checkpoint, CheckpointError, CheckpointFolder, load_checkpoint
 from flame_jax.models.interchange import SUFFIX, is_checkpoint_file, load_safetensors, save_safetensors
 from flame_jax.models.meta_stu import META_STU

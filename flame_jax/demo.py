@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from flame_jax.config import load
+from flame_jax.commandline import load
 
 PROG = "python -m flame_jax.demo"
 USERS = ("42", "7", "405")

@@ -10,7 +10,8 @@ from pathlib import Path
 import jax
 from tqdm import tqdm
 
-from flame_jax.config import Config, load, refuse
+from flame_jax.commandline import load, refuse
+from flame_jax.config import Config
 from flame_jax.fke.artifact import ArtifactError, Manifest, Target, jaxlib_version, write_artifact
 from flame_jax.fke.buckets import make_ladder
 from flame_jax.fke.compile import compile_bucket, platform_of, serialize

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flame_jax.config import Config, load, refuse
+from flame_jax.commandline import load, refuse
+from flame_jax.config import Config
 from flame_jax.data.errors import DataError
 from flame_jax.data.known import DATASETS, KnownDataset
 from flame_jax.models.checkpoint import CheckpointError, CheckpointFolder

@@ -19,7 +19,8 @@ import uvloop
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from flame_jax.config import Config, ServerConfig, load, refuse
+from flame_jax.commandline import load, refuse
+from flame_jax.config import Config, ServerConfig
 from flame_jax.dso.dispatcher import Dispatcher
 from flame_jax.dso.executor import Executor
 from flame_jax.fke.artifact import Artifact, ArtifactError

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from flame_jax.config import Config, load
+from flame_jax.commandline import load
+from flame_jax.config import Config
 from flame_jax.data.movielens import STORE_SCHEMA
 from flame_jax.packing import Layout
 from flame_jax.schema import Block, Feature

@@ -11,7 +11,8 @@ import inspect
 import sys
 from collections.abc import Sequence
 
-from flame_jax.config import Config, DataConfig, load, refuse
+from flame_jax.commandline import load, refuse
+from flame_jax.config import Config, DataConfig
 from flame_jax.data.errors import DataError, require_pyarrow
 from flame_jax.data.known import DATASETS
 from flame_jax.pda.lmdb_store import LmdbStore
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _names_settings(args: list[str]) -> bool:
-    """Whether the arguments are those of `config.load`: `--config`, or a setting such as `--data.events`."""
+    """Whether the arguments are those of `commandline.load`: `--config`, or a setting such as `--data.events`."""
     return any(arg.split("=")[0] == "--config" or (arg.startswith("--") and "." in arg.split("=")[0]) for arg in args)
 
 

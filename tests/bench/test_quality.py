@@ -12,7 +12,8 @@ import pytest
 from bench import quality as module
 from bench.quality import MODELS, run, save, validation_aucs, variants
 from bench.quality_page import NOTES, write_page
-from flame_jax.config import Config, load
+from flame_jax.commandline import load
+from flame_jax.config import Config
 from flame_jax.data import completejourney, movielens
 from flame_jax.data.known import DATASETS
 from flame_jax.models.serving import served_specs

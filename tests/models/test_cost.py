@@ -7,7 +7,8 @@ from typing import Literal
 
 import pytest
 
-from flame_jax.config import Config, HeadConfig, HstuConfig, ModelConfig, load
+from flame_jax.commandline import load
+from flame_jax.config import Config, HeadConfig, HstuConfig, ModelConfig
 from flame_jax.models.cost import request_cost
 from flame_jax.packing import Bucket, Layout, slot_layout
 from flame_jax.schema import Block, Feature, FeatureSchema
