@@ -202,12 +202,13 @@ def run(folder: Path, config: Config) -> dict[str, Any]:
     figures = folder / "checkpoint" / "quality.json"
     config = with_training(config, checkpoint=str(folder / "checkpoint"))
     settings = json.dumps(asdict(config))
-    if (folder / "config.json").exists() and (folder / "config.json").read_text() != settings:
+    saved = folder / "config.json"
+    if (saved.exists() or figures.exists()) and not (saved.exists() and saved.read_text() == settings):
         raise SystemExit(f"{PROG}: error: {folder} holds a run of other settings: remove it, or name another --work")
     if not figures.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(settings)
-        command = [sys.executable, "-m", "flame_jax.train", "--config", str(folder / "config.json")]
+        saved.write_text(settings)
+        command = [sys.executable, "-m", "flame_jax.train", "--config", str(saved)]
         environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         with (folder / "log").open("w") as log:
             done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment)

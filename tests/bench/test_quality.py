@@ -119,6 +119,9 @@ def test_a_finished_run_is_taken_as_it_is_and_one_of_other_settings_refused(
     assert commands[0][1:3] == ["-m", "flame_jax.train"]
     with pytest.raises(SystemExit, match="other settings"):
         run(tmp_path / "a", module.with_training(Config(), epochs=99))
+    (tmp_path / "a" / "config.json").unlink()
+    with pytest.raises(SystemExit, match="other settings"):
+        run(tmp_path / "a", Config())
 
 
 def test_a_run_that_fails_ends_the_comparison_and_names_its_log(
