@@ -178,6 +178,11 @@ class FeatureSchema:
         return tuple((group, feature) for group, features in groups for feature in features)
 
     @property
+    def id_features(self) -> dict[str, Feature]:
+        """Every id feature by its full name (`feature_field`): those that have a vocabulary."""
+        return {feature_field(group, f): f for group, f in self.features if f.kind == "id"}
+
+    @property
     def fetches_items(self) -> bool:
         """Whether scoring needs the candidates' records from the store."""
         return any(f.source == "store" for f in self.item_features)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flame_jax.schema import FeatureSchema, feature_field
+from flame_jax.schema import FeatureSchema
 
 UNKNOWN_ROW = 0
 
@@ -79,7 +79,7 @@ class Vocabularies(NamedTuple):
 
     def check(self, schema: FeatureSchema) -> None:
         """Raise ValueError unless there is one, within its size, for each `id` feature and for nothing else."""
-        sizes = {feature_field(group, f): f.size for group, f in schema.features if f.kind == "id"}
+        sizes = {name: feature.size for name, feature in schema.id_features.items()}
         if set(sizes) != set(self.features):
             raise ValueError(f"vocabularies of {sorted(self.features)} do not fit id features {sorted(sizes)}")
         for name, size in sizes.items():

@@ -12,7 +12,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from flame_jax.config import ModelConfig
-from flame_jax.schema import FeatureSchema, feature_field
+from flame_jax.schema import FeatureSchema
 from flame_jax.vocabulary import Vocabularies, Vocabulary
 
 KEEP = 2
@@ -103,8 +103,7 @@ class CheckpointFolder:
             about: Any = self._orbax.metadata(newest).custom_metadata
             schema = FeatureSchema.from_json(about["schema"])
             saved, none = tree.get("feature_vocabularies") or {}, np.empty(0, np.int64)
-            named = [feature_field(group, f) for group, f in schema.features if f.kind == "id"]
-            features = {name: Vocabulary(saved.get(name, none)) for name in named}
+            features = {name: Vocabulary(saved.get(name, none)) for name in schema.id_features}
             vocabularies = Vocabularies(Vocabulary(tree["vocabulary"]), features)
             vocabularies.check(schema)
             return Checkpoint(

@@ -147,7 +147,7 @@ def _all_ids(
     tensors: Mapping[str, np.ndarray], schema: FeatureSchema, choices: Choices, given: Mapping[str, np.ndarray]
 ) -> tuple[set[str], dict[str, np.ndarray]]:
     """The tensors that ids are in, and the ids of the items and of every id feature."""
-    features = [ITEMS, *(feature_field(group, f) for group, f in schema.features if f.kind == "id")]
+    features = [ITEMS, *schema.id_features]
     if strange := set(given) - set(features):
         raise ValueError(f"--vocabulary for {', '.join(sorted(strange))}: the schema has no such id feature")
     taken, ids = set(), {}
@@ -181,8 +181,7 @@ def _whose_ids(weight: str, schema: FeatureSchema) -> str | None:
     group, _, name = weight.partition("/")
     if group in ("item", "item_bias", "columns"):
         return ITEMS
-    ids = [feature_field(of, f) for of, f in schema.features if f.kind == "id"]
-    return name if group == "features" and name in ids else None
+    return name if group == "features" and name in schema.id_features else None
 
 
 def _read_stack(

@@ -25,7 +25,7 @@ import safetensors.numpy
 from flame_jax.config import ModelConfig
 from flame_jax.fke.buckets import Ladder, make_ladder
 from flame_jax.packing import Bucket, Layout
-from flame_jax.schema import FeatureSchema, feature_field
+from flame_jax.schema import FeatureSchema
 from flame_jax.vocabulary import Vocabularies, Vocabulary
 
 FORMAT = 1
@@ -253,10 +253,12 @@ class Artifact:
     def vocabularies(self) -> Vocabularies:
         """The vocabularies of items and of every id feature."""
         try:
-            named = [feature_field(group, f) for group, f in self.manifest.schema.features if f.kind == "id"]
             vocabularies = Vocabularies(
                 Vocabulary.from_bytes(self.read(vocabulary_name())),
-                {name: Vocabulary.from_bytes(self.read(vocabulary_name(name))) for name in named},
+                {
+                    name: Vocabulary.from_bytes(self.read(vocabulary_name(name)))
+                    for name in self.manifest.schema.id_features
+                },
             )
             vocabularies.check(self.manifest.schema)
         except ValueError as error:

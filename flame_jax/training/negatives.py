@@ -29,23 +29,24 @@ class NegativeSampler:
     """
 
     def __init__(self, histories: Sequence[History], period: int, pooled: np.ndarray | None = None) -> None:
-        self._ends = np.cumsum([len(h) for h in histories])
+        lengths = np.array([len(h) for h in histories])
+        self._ends = np.cumsum(lengths)
         joined = [np.concatenate([getattr(h, name) for h in histories]) for name in ("item_ids", "timestamps")]
         self._item_ids, items = np.unique(joined[0], return_inverse=True)
         _, self._periods = np.unique(joined[1] // period, return_inverse=True)
-        self._users = np.repeat(np.arange(len(histories)), [len(h) for h in histories])
-        lengths = np.array([len(h) for h in histories])
+        self._period_count = int(self._periods.max(initial=-1)) + 1
+        self._users = np.repeat(np.arange(len(histories)), lengths)
         position = np.arange(len(items)) - np.repeat(self._ends - lengths, lengths)
         pool = np.flatnonzero(position < (lengths if pooled is None else pooled)[self._users])
         order = pool[np.argsort(self._periods[pool], kind="stable")]
         self._items_by_period = items[order]
-        self._count = np.bincount(self._periods[pool], minlength=self._periods.max(initial=-1) + 1)
+        self._count = np.bincount(self._periods[pool], minlength=self._period_count)
         self._first = np.cumsum(self._count) - self._count
         # What is held out must not show, not even by what is not drawn.
         self._taken = np.unique(self._key(self._users[pool], self._periods[pool], items[pool]))
 
     def _key(self, users: np.ndarray, periods: np.ndarray, items: np.ndarray) -> np.ndarray:
-        key: np.ndarray = (users * (self._periods.max() + 1) + periods) * len(self._item_ids) + items
+        key: np.ndarray = (users * self._period_count + periods) * len(self._item_ids) + items
         return key
 
     def draw(self, count: int, random: np.random.Generator) -> list[np.ndarray]:

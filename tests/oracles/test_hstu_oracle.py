@@ -26,6 +26,7 @@ from tests.oracles.hstu import (
     research_bias,
     stack,
 )
+from tests.oracles.small import head_shapes, token_shapes
 
 Params = dict[str, NDArray[Any]]
 Variant = Literal["dlrm_v3", "recsys_examples", "research"]
@@ -56,25 +57,12 @@ def random_model(variant: Variant, *, interleave: bool = False, encoding: bool =
     rng = np.random.default_rng(7)
     H, dqk, dv, D, L, P, M = 2, 3, 5, 7, 2, 3, 4
     shapes: dict[str, tuple[int, ...]] = {
-        "item": (11, D),
-        "action": (4, D),
-        "item_bias": (11, 2),
-        "features/item.genre": (3, D),
-        "features/item.tags": (4, D),
-        "features/user.age": (1, D),
-        "features/context.hour": (24, D),
+        **token_shapes(D),
         "layers/uvqk_w": (L, D, 2 * H * (dv + dqk)),
         "layers/out_w": (L, (3 if variant == "dlrm_v3" else 1) * H * dv, D),
         "final_scale": (D,),
         "final_shift": (D,),
-        "head/expert_w": (M, D, 6),
-        "head/expert_b": (M, 6),
-        "head/mix_w": (2, D, M),
-        "head/mix_b": (2, M),
-        "head/tower_w": (2, 6, 8),
-        "head/tower_b": (2, 8),
-        "head/logit_w": (2, 8),
-        "head/logit_b": (2,),
+        **head_shapes(M, D),
     }
     if encoding:
         shapes |= {"position": (3, D), "time": (20, D)}

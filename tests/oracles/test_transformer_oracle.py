@@ -11,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from tests.oracles.head import logits
+from tests.oracles.small import head_shapes, token_shapes
 from tests.oracles.test_hstu_oracle import EMPTY, REQUEST, SCHEMA
 from tests.oracles.transformer import add_positions, attention, gelu, rank, stack
 
@@ -22,13 +23,7 @@ def random_model() -> Params:
     rng = np.random.default_rng(11)
     H, h, D, f, L, M = 2, 3, 7, 5, 2, 4
     shapes: dict[str, tuple[int, ...]] = {
-        "item": (11, D),
-        "action": (4, D),
-        "item_bias": (11, 2),
-        "features/item.genre": (3, D),
-        "features/item.tags": (4, D),
-        "features/user.age": (1, D),
-        "features/context.hour": (24, D),
+        **token_shapes(D),
         "position": (3, D),
         "layers/qkv_w": (L, D, 3 * H * h),
         "layers/qkv_b": (L, 3 * H * h),
@@ -44,14 +39,7 @@ def random_model() -> Params:
         "layers/ffn2_b": (L, D),
         "final_scale": (D,),
         "final_shift": (D,),
-        "head/expert_w": (M, D, 6),
-        "head/expert_b": (M, 6),
-        "head/mix_w": (2, D, M),
-        "head/mix_b": (2, M),
-        "head/tower_w": (2, 6, 8),
-        "head/tower_b": (2, 8),
-        "head/logit_w": (2, 8),
-        "head/logit_b": (2,),
+        **head_shapes(M, D),
     }
     return {name: rng.normal(scale=0.5, size=shape).astype(np.float32) for name, shape in shapes.items()}
 
