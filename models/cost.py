@@ -58,11 +58,7 @@ def request_cost(config: ModelConfig, schema: FeatureSchema, history: int, candi
         masked=stack * (rows * rows - pairs) * per_pair,
         rest=candidates * _rest(config, blocks, len(schema.tasks)),
         slot_bytes=4 * _slot_words(config, schema, history, candidates),
-        history_bytes=stack
-        * history
-        * config.heads
-        * (layer.query + layer.value)
-        * (2 if config.dtype == "bfloat16" else 4),
+        history_bytes=stack * history * key_and_value * (2 if config.dtype == "bfloat16" else 4),
         score_bytes=4 * candidates * len(schema.tasks),
     )
 
