@@ -6,7 +6,7 @@ that saves FLOPs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -210,13 +210,45 @@ class _Search:
         """Step to the best neighbour of at most `size` buckets until none is better."""
         best = self.spent(chosen)
         while True:
-            kept = [[n for n in chosen if n != gone] for gone in chosen if gone != self._largest]
-            steps = [self._with_one_more(base) for base in ([chosen] if len(chosen) < size else []) + kept]
-            steps += [(self.spent(base), base) for base in kept]
-            spent, step = min(steps, default=(best, chosen))
+            spent, step = min(self._neighbours(chosen, size), default=(best, chosen))
             if spent >= best * (1 - _GAIN):
                 return chosen
             best, chosen = spent, step
+
+    def _neighbours(self, chosen: list[int], size: int) -> Iterator[tuple[float, list[int]]]:
+        """Choices with one bucket less, with the best one in its place, and with the best one besides; what they spend.
+
+        A bucket that goes changes the places of its own batches only, so only those are looked at again.
+        """
+        places = self._places(chosen)
+        saved = {number: self._saved(places == number, places) for number in chosen}
+        in_all = np.sum(list(saved.values()), axis=0)
+        if len(chosen) < size:
+            yield self._with_best(chosen, self.spent(chosen), in_all)
+        for gone in chosen:
+            if gone != self._largest:
+                base = [number for number in chosen if number != gone]
+                spent = self.spent(base)
+                yield spent, base
+                again = self._saved(places == gone, self._places(base))
+                yield self._with_best(base, spent, in_all - saved[gone] + again)
+
+    def _saved(self, batches: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """float64[buckets], what some batches would save if one bucket came to those at whose places they are."""
+        places, weights = places[batches], self._weights[batches]
+        # A batch moves to the new bucket when that one holds it and comes before its own.
+        moves = (self._holds.T[batches] & (np.arange(len(self.buckets)) < places[:, None])).astype(np.float64)
+        saved: np.ndarray = (self._cost[places] * weights) @ moves - self._cost * (weights @ moves)
+        return saved
+
+    def _with_best(self, base: list[int], spent: float, saved: np.ndarray) -> tuple[float, list[int]]:
+        """The choice with the affordable bucket besides that saves most; `base` itself where none saves."""
+        left = self._limits - self._takes[:, base].sum(axis=1)
+        saved = np.where((self._takes <= left[:, None]).all(axis=0), saved, -np.inf)
+        number = int(saved.argmax())
+        if saved[number] <= 0 or number in base:
+            return spent, base
+        return spent - float(saved[number]), sorted([*base, number])
 
     def without_idle(self, chosen: list[int]) -> list[int]:
         """The largest bucket and those that batches run in."""
@@ -226,17 +258,3 @@ class _Search:
     def _places(self, chosen: list[int]) -> np.ndarray:
         """int64[n], the bucket that each batch runs in."""
         return np.array(chosen)[self._holds[chosen].argmax(axis=0)]
-
-    def _with_one_more(self, base: list[int]) -> tuple[float, list[int]]:
-        """The best choice of one bucket besides, and what it spends; `base` itself where no other is affordable."""
-        places = self._places(base)
-        now = self._cost[places] * self._weights
-        # A batch moves to the new bucket when that one holds it and comes before its own.
-        moves = self._holds & (np.arange(len(self.buckets))[:, None] < places)
-        saved = moves @ now - self._cost * (moves @ self._weights)
-        left = self._limits - self._takes[:, base].sum(axis=1)
-        saved = np.where((self._takes <= left[:, None]).all(axis=0), saved, -np.inf)
-        number = int(saved.argmax())
-        if saved[number] <= 0:
-            return float(now.sum()), base
-        return float(now.sum() - saved[number]), sorted([*base, number])
