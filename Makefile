@@ -43,7 +43,7 @@ $(DEMO)/checkpoint.done: $(DEMO)/store.done $(CONFIG)
 	@touch $@
 
 $(DEMO)/artifact.done: $(DEMO)/checkpoint.done $(VENV)/installed
-	$(PY) -m flame_jax.export --config $(CONFIG)
+	$(PY) -m flame_jax.export build --config $(CONFIG)
 	@touch $@
 
 demo: $(DEMO)/artifact.done

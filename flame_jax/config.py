@@ -267,14 +267,25 @@ class ExportConfig:
         version: version name in manifest, metrics and answers.
         buckets: the ladder: pairs of token rows and candidate rows, one executable each.
         matmul_precision: XLA's precision of float32 matrix products.
+        platform: what executables are for; empty: what JAX runs on here.
+        device_kind: compile for this described device, which need not be here (`h100`).
+        tuned: choices of GPU kernels that `export tune` measured.
+        signing_key: private key, PEM, that signs the artifact.
+        jobs: buckets compiled at once; 0: one per core, or one where XLA measures kernels meanwhile.
     """
 
     artifact: str = "runs/demo/artifact"
     version: str = "1"
     buckets: tuple[tuple[int, int], ...] = ((512, 128), (1024, 512), (2048, 1024))
     matmul_precision: Literal["default", "high", "highest"] = "highest"
+    platform: Literal["", "cpu", "cuda"] = ""
+    device_kind: str = ""
+    tuned: str = ""
+    signing_key: str = ""
+    jobs: int = 0
 
     def __post_init__(self) -> None:
+        _at_least(0, "export", self, "jobs")
         if not self.version:
             raise ValueError("export.version is empty")
 

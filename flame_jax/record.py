@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flame_jax.packing import HISTORY_LENGTH, Extent, Place
+from flame_jax.packing import HISTORY_LENGTH, Bucket, Extent, Layout, Place, place
 from flame_jax.schema import FeatureSchema, feature_field
 
 NOTHING = -1
@@ -27,6 +27,14 @@ class BlockEvents(NamedTuple):
     items: np.ndarray
     actions: np.ndarray
     times: np.ndarray
+
+
+class Piece(NamedTuple):
+    """Candidates [low, high) of one record, with its whole history."""
+
+    record: np.ndarray
+    low: int
+    high: int
 
 
 class RecordLayout:
@@ -79,6 +87,35 @@ class RecordLayout:
     def extent(self, record: np.ndarray) -> Extent:
         """Rows the whole request takes."""
         return Extent(int(record[_LENGTHS : self._head].max()) * self._stride, int(record[_COUNT]))
+
+    def is_whole(self, record: np.ndarray) -> bool:
+        """Whether int32[n] words have the length that their head says."""
+        if len(record) < self._body or (record[: self._head] < 0).any() or record[_COUNT] < 1:
+            return False
+        lengths = int(record[_LENGTHS : self._head].sum(dtype=np.int64))
+        return len(record) == self._body + 3 * lengths + int(record[_COUNT]) * (1 + len(self._item_fields))
+
+    def fill(
+        self, slot: Mapping[str, np.ndarray], pieces: Sequence[Piece], bucket: Bucket, layout: Layout
+    ) -> list[slice]:
+        """Copy pieces into a slot that holds no others.
+
+        Args:
+            slot: the slot's field views, its request rows zero.
+
+        Returns:
+            Rows of the scores float32[C_max, tasks] that belong to each piece.
+
+        Raises:
+            ValueError: the pieces do not fit the bucket.
+        """
+        extents = [Extent(self.extent(p.record).history, p.high - p.low) for p in pieces]
+        places = place(extents, bucket, layout)
+        for row, (where, piece) in enumerate(zip(places, pieces, strict=True)):
+            self.write(slot, row, where, *piece)
+        base = bucket.tokens - bucket.candidates
+        starts = [where.candidate_start - base for where in places]
+        return [slice(at, at + extent.candidates) for at, extent in zip(starts, extents, strict=True)]
 
     def write(
         self, slot: Mapping[str, np.ndarray], row: int, place: Place, record: np.ndarray, low: int, high: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -50,9 +50,9 @@ class Vocabulary:
         ids, counts = np.unique(keys[keys >= 0], return_counts=True)
         return cls(ids[np.argsort(-counts, kind="stable")[:size]])
 
-    def save(self, path: Path) -> None:
+    def save(self, file: Path | BinaryIO) -> None:
         """Write the ids as a .npy file."""
-        np.save(path, self.keys, allow_pickle=False)
+        np.save(file, self.keys, allow_pickle=False)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Vocabulary:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import shutil
+from datetime import UTC, datetime
 from pathlib import Path
 
 import jax
@@ -12,9 +15,12 @@ import pytest
 
 from flame_jax import export as module
 from flame_jax.config import Config
-from flame_jax.export import export, main
-from flame_jax.fke.artifact import Artifact, executable_name, jaxlib_version
+from flame_jax.export import main
+from flame_jax.fke.artifact import Artifact
+from flame_jax.fke.build import Builder, build
 from flame_jax.fke.engine import Engine
+from flame_jax.fke.manifest import executable_name, portable_name
+from flame_jax.fke.target import Target
 from flame_jax.models.checkpoint import load_checkpoint
 from flame_jax.models.serving import rank_function, weight_specs
 from flame_jax.packing import Bucket, Extent
@@ -29,7 +35,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Config:
     config = dataclasses.replace(
         config, export=dataclasses.replace(config.export, artifact=str(folder / "deep" / "artifact"))
     )
-    main(["--config", tiny.write_config(config, folder / "config.yaml")])
+    main(["build", "--config", tiny.write_config(config, folder / "config.yaml")])
     return config
 
 
@@ -55,10 +61,15 @@ def test_the_artifact_says_what_it_is(exported: Config) -> None:
     assert manifest.layout == tiny.LAYOUT
     assert manifest.buckets == tiny.BUCKETS
     assert manifest.matmul_precision == "highest"
-    assert manifest.target.platform == tiny.platform()
-    assert manifest.target.jaxlib == jaxlib_version()
+    assert manifest.target == Target.of(tiny.device())
+    assert manifest.platforms == ("cpu", "cuda")
+    assert {"flame-jax", "jax", "jaxlib"} <= manifest.versions.keys()
+    assert abs((datetime.now(UTC) - datetime.fromisoformat(manifest.created)).total_seconds()) < 3600
+    assert all(e.compile_seconds > 0 and e.flops > 0 and e.temp_bytes > 0 for e in manifest.executables)
     assert sorted(os.listdir(exported.export.artifact)) == sorted(["manifest.json", *manifest.files])
-    assert {executable_name(bucket) for bucket in tiny.BUCKETS} <= manifest.files.keys()
+    assert {
+        name(bucket) for bucket in tiny.BUCKETS for name in (executable_name, portable_name)
+    } <= manifest.files.keys()
     assert os.listdir(Path(exported.export.artifact).parent) == ["artifact"]
 
 
@@ -68,8 +79,14 @@ def test_exporting_again_replaces_the_artifact_and_says_where_it_is(
     settings = dataclasses.replace(
         exported.export, artifact=str(tmp_path / "artifact"), version="8", buckets=(tiny.BUCKETS[1],)
     )
-    tiny.save_artifact(tmp_path / "artifact", executables={tiny.BUCKETS[0]: b"of an older export"})
-    main(["--config", tiny.write_config(dataclasses.replace(exported, export=settings), tmp_path / "config.yaml")])
+    tiny.save_artifact(tmp_path / "artifact")
+    main(
+        [
+            "build",
+            "--config",
+            tiny.write_config(dataclasses.replace(exported, export=settings), tmp_path / "config.yaml"),
+        ]
+    )
     artifact = Artifact(tmp_path / "artifact")
     assert artifact.manifest.version == "8"
     assert artifact.manifest.buckets == (tiny.BUCKETS[1],)
@@ -90,7 +107,7 @@ def saved(tmp_path: Path) -> Config:
 def refusal(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> str:
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
-        main(["--config", tiny.write_config(config, tmp_path / "config.yaml")])
+        main(["build", "--config", tiny.write_config(config, tmp_path / "config.yaml")])
     assert ended.value.code == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(module.PROG)]
     assert len(lines) == 1
@@ -147,7 +164,7 @@ def test_a_checkpoint_without_one_of_the_models_weights_is_refused(saved: Config
     checkpoint = load_checkpoint(saved.train.checkpoint)
     weights = {name: value for name, value in checkpoint.weights.items() if name != "item_bias"}
     with pytest.raises(ValueError, match="missing item_bias"):
-        export(saved, dataclasses.replace(checkpoint, weights=weights), tiny.device(), progress=False)
+        build(saved, dataclasses.replace(checkpoint, weights=weights), tiny.builder())
     assert not (tmp_path / "artifact").exists()
 
 
@@ -155,8 +172,7 @@ def test_a_place_that_cannot_be_written_ends_with_one_line(
     saved: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("in the way")
-    monkeypatch.setattr(module, "compile_bucket", lambda *args, **kwargs: None)
-    monkeypatch.setattr(module, "serialize", lambda compiled: b"stands in for an executable")
+    monkeypatch.setattr(Builder, "compile", lambda self, programs: dict.fromkeys(programs, (b"stands in", 1.0, 2, "")))
     settings = dataclasses.replace(saved.export, artifact=str(tmp_path / "file" / "artifact"))
     assert "file" in refusal(dataclasses.replace(saved, export=settings), tmp_path, capsys)
 
@@ -166,13 +182,146 @@ def test_one_bucket_given_twice_is_compiled_once(
 ) -> None:
     compiled: list[Bucket] = []
 
-    def compile_bucket(model: object, schema: object, layout: object, bucket: Bucket, *_: object, **__: object) -> None:
-        compiled.append(bucket)
+    def compile_all(self: Builder, programs: dict[Bucket, bytes]) -> dict[Bucket, tuple[bytes, float, int, str]]:
+        compiled.extend(programs)
+        return dict.fromkeys(programs, (b"stands in for an executable", 1.0, 2, ""))
 
-    monkeypatch.setattr(module, "compile_bucket", compile_bucket)
-    monkeypatch.setattr(module, "serialize", lambda executable: b"stands in for an executable")
+    monkeypatch.setattr(Builder, "compile", compile_all)
     settings = dataclasses.replace(saved.export, buckets=((64, 32), (32, 16), (64, 32)))
-    manifest = export(
-        dataclasses.replace(saved, export=settings), load_checkpoint(saved.train.checkpoint), tiny.device()
+    manifest = build(
+        dataclasses.replace(saved, export=settings), load_checkpoint(saved.train.checkpoint), tiny.builder()
     )
     assert compiled == list(tiny.BUCKETS) == list(manifest.buckets)
+
+
+def run(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """What a command prints."""
+    capsys.readouterr()
+    main(list(args))
+    return capsys.readouterr().out
+
+
+def fails(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """The one line with which a command ends."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main(list(args))
+    assert ended.value.code in (1, 2)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(module.PROG)]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_inspect_prints_a_table_and_the_same_as_json(
+    exported: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = exported.export.artifact
+    about = json.loads(run(capsys, "inspect", path, "--json"))
+    manifest = Artifact(path).manifest
+    assert [e["bucket"] for e in about["executables"]] == [str(b) for b in manifest.buckets]
+    assert [e["flops"] for e in about["executables"]] == [e.flops for e in manifest.executables]
+    assert about["bytes"] == sum((Path(path) / name).stat().st_size for name in manifest.files)
+    assert not about["signed"]
+    shown = run(capsys, "inspect", path)
+    for bucket in manifest.buckets:
+        (line,) = [line for line in shown.splitlines() if line.startswith(f"{bucket} ")]
+        assert "sumi_attention=xla" in line
+    # Nothing but the manifest is read: an artifact that has lost its weights can still be looked at.
+    shutil.copytree(path, tmp_path / "broken")
+    (tmp_path / "broken" / "weights.safetensors").unlink()
+    assert "version 7" in run(capsys, "inspect", str(tmp_path / "broken"))
+
+
+def test_verify_passes_what_a_server_takes_and_says_what_it_compared(
+    exported: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = run(capsys, "verify", exported.export.artifact)
+    assert "good" in shown
+    about = json.loads(run(capsys, "verify", exported.export.artifact, "--json"))
+    assert about["failed"] == []
+    for bucket in about["buckets"]:
+        assert bucket["requests"] >= 3
+        assert bucket["placements"] >= bucket["requests"] + 3
+        assert bucket["moved"] == 0
+        assert bucket["golden"] < 1e-5
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "t64_c32.stablehlo", "t64_c32.executable"])
+def test_verify_reads_every_file(
+    name: str, exported: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(exported.export.artifact, tmp_path / "broken")
+    data = bytearray((tmp_path / "broken" / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "broken" / name).write_bytes(data)
+    assert f"{name} does not match its hash" in fails(capsys, "verify", str(tmp_path / "broken"))
+
+
+def test_keys_are_made_once_sign_and_are_asked_for(
+    exported: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key, path = str(tmp_path / "key"), str(tmp_path / "artifact")
+    shutil.copytree(exported.export.artifact, path)
+    assert f"{key}.pub" in run(capsys, "keygen", key)
+    assert "exists" in fails(capsys, "keygen", key)
+    assert "is not signed" in fails(capsys, "verify", path, "--trusted-key", f"{key}.pub")
+    run(capsys, "sign", path, "--key", key)
+    run(capsys, "verify", path, "--trusted-key", f"{key}.pub")
+    run(capsys, "keygen", f"{key}2")
+    assert "not signed by" in fails(capsys, "verify", path, "--trusted-key", f"{key}2.pub")
+    assert f"{key} can't be read" in fails(capsys, "verify", path, "--trusted-key", key)
+
+
+def test_build_from_another_artifact_keeps_everything_but_the_executables(
+    exported: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = exported.export.artifact, str(tmp_path / "again")
+    run(capsys, "build", "--from", source, "--platform", "cpu", f"--out={out}")
+    old, new = Artifact(source).manifest, Artifact(out).manifest
+    changed = {n for n in old.files.keys() | new.files.keys() if old.files.get(n) != new.files.get(n)}
+    assert all(name.endswith(".executable") for name in changed)
+    assert (new.version, new.schema, new.model, new.buckets) == (old.version, old.schema, old.model, old.buckets)
+    assert "good" in run(capsys, "verify", out)
+
+
+def test_an_artifact_can_be_rebuilt_after_its_executables_are_lost(
+    exported: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(exported.export.artifact, tmp_path / "lost")
+    for bucket in tiny.BUCKETS:
+        (tmp_path / "lost" / executable_name(bucket)).unlink()
+    assert "lacks" in fails(capsys, "verify", str(tmp_path / "lost"))
+    run(capsys, "build", "--from", str(tmp_path / "lost"), "--out", str(tmp_path / "again"))
+    assert "good" in run(capsys, "verify", str(tmp_path / "again"))
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ([], "name a command"),
+        (["bild"], "name a command"),
+        (["build", "--from"], "--from has no value"),
+        (["build", "--from", "x"], "--from needs --out"),
+        (["build", "--from", "/none", "--out", "y"], "no artifact at /none"),
+        (["build", "--platform", "tpu"], "export.platform"),
+        (["build", "--platform", "cuda"], "no cuda device"),
+        (["build", "--device-kind", "z80"], "there is h100"),
+        (["build", "--device-kind", "h100", "--platform", "cpu"], "export.platform is cpu"),
+        (["build", "--tuned", "/none/tuned.json"], "/none/tuned.json"),
+        (["build", "--key", "/none/key"], "/none/key"),
+        (["inspect", "/none"], "no artifact at /none"),
+        (["verify", "/none"], "no artifact at /none"),
+        (["sign", "/none", "--key", "/none/key"], "/none/key"),
+        (["tune", "/none", "--out", "x"], "no artifact at /none"),
+    ],
+    ids=str,
+)
+def test_a_command_called_wrongly_ends_with_one_line(
+    args: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said in fails(capsys, *args)
+
+
+def test_tuning_needs_the_device(exported: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = fails(capsys, "tune", exported.export.artifact, "--out", str(tmp_path / "tuned.json"))
+    assert "needs a CUDA device" in line

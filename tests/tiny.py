@@ -23,8 +23,12 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from flame_jax import train
 from flame_jax.config import Config, ExportConfig, HeadConfig, ModelConfig, StoreConfig, TrainConfig
-from flame_jax.fke.artifact import Manifest, Target, jaxlib_version, write_artifact
-from flame_jax.fke.compile import compile_bucket, platform_of, serialize
+from flame_jax.fke.artifact import Artifact
+from flame_jax.fke.build import Builder, build
+from flame_jax.fke.compile import compile_bucket
+from flame_jax.fke.manifest import Manifest, executable_name
+from flame_jax.fke.target import platform_of
+from flame_jax.fke.writer import write_artifact
 from flame_jax.models.checkpoint import Checkpoint, CheckpointFolder
 from flame_jax.models.climber import Climber
 from flame_jax.models.serving import flat_weights
@@ -168,10 +172,9 @@ def compiled(bucket: Bucket) -> jax.stages.Compiled:
     return compile_bucket(MODEL, SCHEMA, LAYOUT, bucket, ITEMS + 1, precision="highest", device=jax.devices()[0])
 
 
-@cache
 def executables() -> dict[Bucket, bytes]:
     """Every bucket's executable, serialised."""
-    return {bucket: serialize(compiled(bucket)) for bucket in BUCKETS}
+    return {bucket: built()[1][executable_name(bucket)] for bucket in BUCKETS}
 
 
 def record(layout: RecordLayout, random: np.random.Generator, history: int, candidates: int) -> np.ndarray:
@@ -308,26 +311,29 @@ def platform() -> str:
     return platform_of(device())
 
 
-def save_artifact(path: Path, **changed: Any) -> Manifest:
-    """Write an artifact of random weights; arguments replace those of `write_artifact`."""
-    arguments: dict[str, Any] = {
-        "version": "7",
-        "model": MODEL,
-        "schema": SCHEMA,
-        "layout": LAYOUT,
-        "target": Target(platform(), device().device_kind, jaxlib_version()),
-        "matmul_precision": "highest",
-        "kernels": {"sumi_attention": "xla"},
-        "weights": random_weights(3),
-        "vocabularies": vocabularies(),
-        "executables": executables(),
-    }
-    return write_artifact(path, **(arguments | changed))
+@cache
+def built() -> tuple[Manifest, dict[str, bytes]]:
+    """An artifact of random weights: its manifest, and the bytes of every other file."""
+    settings = dataclasses.replace(config(temporary_folder()), layout=LAYOUT)
+    manifest = build(settings, checkpoint(seed=3), builder())
+    artifact = Artifact(settings.export.artifact)
+    return manifest, {name: artifact.read(name) for name in manifest.files}
+
+
+def builder() -> Builder:
+    """For the test device."""
+    return Builder(device(), progress=False)
+
+
+def save_artifact(path: Path, *, files: dict[str, bytes] | None = None, **changed: Any) -> Manifest:
+    """Write the artifact of `built`, some of its files and of its manifest's fields being others."""
+    manifest, content = built()
+    return write_artifact(path, dataclasses.replace(manifest, **changed), content | (files or {}))
 
 
 def forge(folder: Path, name: str, data: bytes) -> None:
     """Replace one file of an artifact and put its new hash into the manifest."""
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"][name] = hashlib.sha256(data).hexdigest()
+    manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     (folder / name).write_bytes(data)

@@ -20,10 +20,10 @@ from typing import NamedTuple
 import numpy as np
 
 from flame_jax.dso.batching import SCAN, Batch, next_batch
-from flame_jax.dso.executor import Executor, Piece
+from flame_jax.dso.executor import Executor
 from flame_jax.fke.buckets import Ladder, capacity
 from flame_jax.packing import Extent, Layout
-from flame_jax.record import RecordLayout
+from flame_jax.record import Piece, RecordLayout
 
 log = logging.getLogger(__name__)
 

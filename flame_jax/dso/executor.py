@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from flame_jax.fke.engine import Engine
-from flame_jax.packing import Bucket, Extent, Layout, Place, place
+from flame_jax.packing import Bucket, Layout
 from flame_jax.pda.staging import Slot
-from flame_jax.record import RecordLayout
-
-
-class Piece(NamedTuple):
-    """Candidates [low, high) of one record."""
-
-    record: np.ndarray
-    low: int
-    high: int
+from flame_jax.record import Piece, RecordLayout
 
 
 class Executor:
@@ -32,18 +23,13 @@ class Executor:
         self.bucket = bucket
         self._engine, self._records, self._layout = engine, records, layout
         self._slot = Slot(engine.slots[bucket])
-        self._places: list[Place] = []
-        self._counts: list[int] = []
+        self._rows: list[slice] = []
         self._result: jax.Array | None = None
 
     def fill(self, pieces: Sequence[Piece]) -> None:
         """Copy the pieces into the slot."""
         self._slot.clear()
-        extents = [Extent(self._records.extent(p.record).history, p.high - p.low) for p in pieces]
-        self._places = place(extents, self.bucket, self._layout)
-        self._counts = [e.candidates for e in extents]
-        for row, (where, piece) in enumerate(zip(self._places, pieces, strict=True)):
-            self._records.write(self._slot.fields, row, where, *piece)
+        self._rows = self._records.fill(self._slot.fields, pieces, self.bucket, self._layout)
 
     def launch(self) -> None:
         """Start the executable; returns at once."""
@@ -53,6 +39,4 @@ class Executor:
         """Wait for the launched batch: float32[count, tasks] per piece, in the order filled."""
         assert self._result is not None, "nothing was launched"
         result, self._result = np.asarray(self._result), None
-        base = self.bucket.tokens - self.bucket.candidates
-        starts = [where.candidate_start - base for where in self._places]
-        return [result[at : at + count] for at, count in zip(starts, self._counts, strict=True)]
+        return [result[rows] for rows in self._rows]

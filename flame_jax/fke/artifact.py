@@ -1,254 +1,194 @@
-"""What is served, as a folder: manifest, weights, vocabularies, one executable per bucket.
+"""What is served, as a folder: manifest, weights, vocabularies, a golden set, per bucket a portable program and an
+executable.
 
-Every file but the manifest is read whole and hashed before a byte of it is parsed; an item table for host memory is
-hashed, then mapped.
+Nothing is parsed before it is proven: the manifest by its signature where keys are trusted, every other file by the
+manifest's hash. The bytes that were hashed are those that are parsed. Files are opened below the folder that was
+opened first, so that another folder moved into its place, or a link out of it, is never read.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import os
-import shutil
-import uuid
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import stat
+import weakref
+from io import BufferedReader
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 import safetensors
-import safetensors.numpy
 
-from flame_jax.config import ModelConfig
-from flame_jax.fke.buckets import Ladder, make_ladder
-from flame_jax.packing import Bucket, Layout
-from flame_jax.schema import FeatureSchema
+from flame_jax.fke.manifest import (
+    FORMAT,
+    ITEM_TABLE,
+    MANIFEST,
+    SIGNATURE,
+    WEIGHTS,
+    Manifest,
+    vocabulary_name,
+)
+from flame_jax.fke.signing import TrustedKeys
 from flame_jax.vocabulary import Vocabularies, Vocabulary
 
-FORMAT = 1
+MAX_MANIFEST = 64 << 20
 # safetensors' own reader for NumPy lacks bfloat16.
 _DTYPES = {"F32": np.dtype(np.float32), "I32": np.dtype(np.int32), "BF16": np.dtype(ml_dtypes.bfloat16)}
-MANIFEST, WEIGHTS, ITEM_TABLE = "manifest.json", "weights.safetensors", "item_table.npy"
 
 
 class ArtifactError(Exception):
     """The artifact can't be used; the message is one clear line for the operator."""
 
 
-@dataclass(frozen=True)
-class Target:
-    """What executables were built for; another machine must match it.
-
-    Attributes:
-        platform: JAX's platform, `cpu` or `cuda`.
-        device_kind: JAX's name of the device.
-        jaxlib: version.
-    """
-
-    platform: str
-    device_kind: str
-    jaxlib: str
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What an artifact says of itself.
-
-    Attributes:
-        kernels: implementation per op.
-        files: SHA-256 per file name.
-    """
-
-    version: str
-    model: ModelConfig
-    schema: FeatureSchema
-    layout: Layout
-    buckets: Ladder
-    target: Target
-    matmul_precision: str
-    kernels: dict[str, str]
-    files: dict[str, str]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain lists and dicts."""
-        about = {"format": FORMAT, "caches_history": self.model.caches_history}
-        return about | asdict(self) | {"schema": self.schema.to_json()}
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Manifest:
-        """Inverse of `to_json`. Raises ValueError, TypeError or KeyError for anything else."""
-        schema, layout = FeatureSchema.from_json(data["schema"]), Layout(**data["layout"])
-        return cls(
-            version=str(data["version"]),
-            model=ModelConfig.from_json(data["model"]),
-            schema=schema,
-            layout=layout,
-            buckets=make_ladder(data["buckets"], schema, layout),
-            target=Target(**data["target"]),
-            matmul_precision=str(data["matmul_precision"]),
-            kernels=dict(data["kernels"]),
-            files=dict(data["files"]),
-        )
-
-
-def executable_name(bucket: Bucket) -> str:
-    """File name of a bucket's executable."""
-    return f"{bucket}.executable"
-
-
-def vocabulary_name(feature: str = "") -> str:
-    """File name of an id feature's vocabulary, or of the items'."""
-    return f"vocabulary.{feature}.npy" if feature else "vocabulary.npy"
-
-
-def jaxlib_version() -> str:
-    """Version of the installed jaxlib."""
-    return importlib.metadata.version("jaxlib")
-
-
-def write_artifact(
-    path: Path,
-    *,
-    version: str,
-    model: ModelConfig,
-    schema: FeatureSchema,
-    layout: Layout,
-    target: Target,
-    matmul_precision: str,
-    kernels: Mapping[str, str],
-    weights: Mapping[str, np.ndarray],
-    item_table: np.ndarray | None = None,
-    vocabularies: Vocabularies,
-    executables: Mapping[Bucket, bytes],
-) -> Manifest:
-    """Write an artifact beside `path`, then put it there in one rename; an older one there is replaced."""
-    if path.exists() and not (path / MANIFEST).is_file():
-        raise ArtifactError(f"{path} exists and is no artifact: it is left alone")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    partial.mkdir()
-    try:
-        # Not save_file: it leaves a file that only its owner may read.
-        contiguous = {name: np.ascontiguousarray(w) for name, w in weights.items()}
-        (partial / WEIGHTS).write_bytes(safetensors.numpy.save(contiguous))
-        if item_table is not None:
-            np.save(partial / ITEM_TABLE, item_table, allow_pickle=False)
-        vocabularies.items.save(partial / vocabulary_name())
-        for feature, vocabulary in vocabularies.features.items():
-            vocabulary.save(partial / vocabulary_name(feature))
-        for bucket, payload in executables.items():
-            (partial / executable_name(bucket)).write_bytes(payload)
-        manifest = Manifest(
-            version=version,
-            model=model,
-            schema=schema,
-            layout=layout,
-            buckets=tuple(sorted(executables)),
-            target=target,
-            matmul_precision=matmul_precision,
-            kernels=dict(kernels),
-            files={f.name: _hash(f) for f in sorted(partial.iterdir())},
-        )
-        (partial / MANIFEST).write_text(json.dumps(manifest.to_json(), indent=1) + "\n")
-        _replace(partial, path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return manifest
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _replace(new: Path, path: Path) -> None:
-    if path.exists():
-        old = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        os.rename(path, old)
-        try:
-            os.rename(new, path)
-        except BaseException:
-            os.rename(old, path)
-            raise
-        shutil.rmtree(old)
-    else:
-        os.rename(new, path)
-
-
 class Artifact:
     """An artifact on disk, its manifest read.
 
+    Args:
+        path: the folder.
+        trusted: where given, the manifest must be signed by the holder of one of these keys.
+
     Raises:
-        ArtifactError: nothing there, or no manifest of this format.
+        ArtifactError: nothing there, no manifest of this format, or none that may be trusted.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, trusted: TrustedKeys | None = None) -> None:
         self.path = Path(path)
         try:
-            data = json.loads((self.path / MANIFEST).read_text())
-        except FileNotFoundError:
-            raise ArtifactError(f"no artifact at {path}: {MANIFEST} is missing; run flame_jax.export first") from None
-        except (OSError, ValueError, RecursionError) as error:
-            raise ArtifactError(f"artifact {path} has an unreadable {MANIFEST}: {error}") from error
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise ArtifactError(f"artifact {path} is not of format {FORMAT}, which this program reads")
+            self._folder = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise ArtifactError(
+                f"no artifact at {path}: {error.strerror}; `python -m flame_jax.export build` makes one"
+            ) from error
+        weakref.finalize(self, os.close, self._folder)
+        text = self._manifest_bytes()
+        if trusted is not None:
+            self._check_signature(text, trusted)
+        self.digest = hashlib.sha256(text).hexdigest()
+        """SHA-256 of the manifest: two artifacts of one digest are the same."""
+        self.manifest = self._parse(text)
+
+    def _manifest_bytes(self) -> bytes:
         try:
-            self.manifest = Manifest.from_json(data)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ArtifactError(f"artifact {path} has a bad {MANIFEST}: {error}") from error
+            with self._open(MANIFEST) as file:
+                text = file.read(MAX_MANIFEST + 1)
+        except FileNotFoundError:
+            raise ArtifactError(
+                f"no artifact at {self.path}: {MANIFEST} is missing; `python -m flame_jax.export build` makes one"
+            ) from None
+        except OSError as error:
+            raise ArtifactError(f"artifact {self.path} has an unreadable {MANIFEST}: {error.strerror}") from error
+        if len(text) > MAX_MANIFEST:
+            raise ArtifactError(f"artifact {self.path} has an unreadable {MANIFEST}: over {MAX_MANIFEST} bytes")
+        return text
 
-    def check_target(self, platform: str, device_kind: str) -> None:
-        """Raise ArtifactError when the executables were built for another device or jaxlib."""
-        ours = Target(platform, device_kind, jaxlib_version())
-        for name, built in asdict(self.manifest.target).items():
-            here = getattr(ours, name)
-            if built != here:
-                raise ArtifactError(
-                    f"artifact {self.path} was built for {name} {built!r}, this process has {here!r}: export it again"
-                )
+    def _check_signature(self, text: bytes, trusted: TrustedKeys) -> None:
+        try:
+            with self._open(SIGNATURE) as file:
+                signature = file.read(1024)
+        except OSError:
+            raise ArtifactError(
+                f"artifact {self.path} is not signed, and server.trusted_keys is set; "
+                "`python -m flame_jax.export sign` signs it"
+            ) from None
+        if trusted.signer(text, signature) is None:
+            raise ArtifactError(f"artifact {self.path} is not signed by the holder of one of server.trusted_keys")
 
-    def read(self, name: str) -> bytes:
-        """One file's bytes, once their hash is the manifest's. Raises ArtifactError otherwise."""
+    def _parse(self, text: bytes) -> Manifest:
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ArtifactError(f"artifact {self.path} has an unreadable {MANIFEST}: {error}") from error
+        found = data.get("format") if isinstance(data, dict) else None
+        if type(found) is not int or found != FORMAT:
+            raise ArtifactError(
+                f"artifact {self.path} has format {found!r:.40}, this program reads format {FORMAT}: build it again "
+                "with `python -m flame_jax.export build`"
+            )
+        try:
+            return Manifest.from_json(data)
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+            raise ArtifactError(f"artifact {self.path} has a bad {MANIFEST}: {error}") from error
+
+    @property
+    def signed(self) -> bool:
+        """Whether there is a signature; whose is told by `trusted` alone."""
+        try:
+            self._open(SIGNATURE).close()
+        except OSError:
+            return False
+        return True
+
+    def _open(self, name: str) -> BufferedReader:
+        """Open a plain file of the folder; raises OSError for a link or anything else that is none."""
+        # Not blocking: a named pipe would wait for its writer.
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        file = os.fdopen(os.open(name, flags, dir_fd=self._folder), "rb")
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            file.close()
+            raise OSError(0, "it is no plain file")
+        return file
+
+    def _open_listed(self, name: str) -> BufferedReader:
+        """Open a file whose size is the one that the manifest says."""
         expected = self.manifest.files.get(name)
         if expected is None:
             raise ArtifactError(f"artifact {self.path} does not list {name}")
         try:
-            data = (self.path / name).read_bytes()
+            file = self._open(name)
         except OSError as error:
             raise ArtifactError(f"artifact {self.path} lacks {name}: {error.strerror}") from error
-        if hashlib.sha256(data).hexdigest() != expected:
+        if (size := os.fstat(file.fileno()).st_size) != expected.bytes:
+            file.close()
+            raise ArtifactError(f"artifact {self.path} is damaged: {name} has {size} bytes, not {expected.bytes}")
+        return file
+
+    def read(self, name: str) -> bytes:
+        """One file's bytes, once their hash is the manifest's. Raises ArtifactError otherwise."""
+        with self._open_listed(name) as file:
+            try:
+                data = file.read()
+            except OSError as error:
+                raise ArtifactError(f"artifact {self.path} has an unreadable {name}: {error.strerror}") from error
+        if hashlib.sha256(data).hexdigest() != self.manifest.files[name].sha256:
             raise ArtifactError(f"artifact {self.path} is damaged: {name} does not match its hash")
         return data
 
+    def tensors(self, name: str) -> dict[str, np.ndarray]:
+        """Name -> host array of a safetensors file."""
+        try:
+            tensors = safetensors.deserialize(self.read(name))
+            return {key: np.frombuffer(t["data"], _DTYPES[t["dtype"]]).reshape(t["shape"]) for key, t in tensors}
+        except (safetensors.SafetensorError, KeyError, ValueError) as error:
+            raise ArtifactError(f"artifact {self.path} has an unreadable {name}: {error}") from error
+
     def weights(self) -> dict[str, np.ndarray]:
         """Name -> host array."""
-        try:
-            tensors = safetensors.deserialize(self.read(WEIGHTS))
-            return {name: np.frombuffer(t["data"], _DTYPES[t["dtype"]]).reshape(t["shape"]) for name, t in tensors}
-        except (safetensors.SafetensorError, KeyError, ValueError) as error:
-            raise ArtifactError(f"artifact {self.path} has unreadable weights: {error}") from error
+        return self.tensors(WEIGHTS)
 
     def item_table(self, rows: int) -> np.ndarray | None:
         """int32[rows, words], mapped from the file, where the model keeps its item table in host memory.
 
-        Its pages are read as requests touch them, so the file must stay as it is while it is served.
+        Its pages are read as requests touch them, so the file must stay as it is while it is served; it may be
+        deleted.
         """
-        if not self.manifest.model.host_words:
+        words = self.manifest.model.host_words
+        if not words:
             return None
-        expected, path = self.manifest.files.get(ITEM_TABLE), self.path / ITEM_TABLE
-        try:
-            if expected is None or _hash(path) != expected:
+        with self._open_listed(ITEM_TABLE) as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != self.manifest.files[ITEM_TABLE].sha256:
                 raise ArtifactError(f"artifact {self.path} is damaged: {ITEM_TABLE} does not match its hash")
-            table: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise ArtifactError(f"artifact {self.path} has an unreadable {ITEM_TABLE}: {error}") from error
-        if table.dtype != np.int32 or table.shape != (rows, self.manifest.model.host_words):
-            raise ArtifactError(f"artifact {self.path}: {ITEM_TABLE} is {table.dtype}{list(table.shape)}")
-        return table
+            file.seek(0)
+            try:
+                np.lib.format.read_magic(file)
+                shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+            except ValueError as error:
+                raise ArtifactError(f"artifact {self.path} has an unreadable {ITEM_TABLE}: {error}") from error
+            if dtype != np.int32 or shape != (rows, words) or fortran:
+                raise ArtifactError(f"artifact {self.path}: {ITEM_TABLE} is {dtype}{list(shape)}")
+            if os.fstat(file.fileno()).st_size != file.tell() + 4 * rows * words:
+                raise ArtifactError(f"artifact {self.path} has an unreadable {ITEM_TABLE}: it is cut off")
+            return np.memmap(file, np.int32, "r", file.tell(), shape)
 
     def vocabularies(self) -> Vocabularies:
         """The vocabularies of items and of every id feature."""
@@ -264,3 +204,12 @@ class Artifact:
         except ValueError as error:
             raise ArtifactError(f"artifact {self.path} has an unreadable vocabulary: {error}") from error
         return vocabularies
+
+    def content(self) -> dict[str, bytes | np.ndarray]:
+        """Every file that does not depend on the target, by name, as `write_artifact` takes them."""
+        names = {vocabulary_name(), *map(vocabulary_name, self.manifest.schema.id_features)}
+        names |= {n for n in self.manifest.files if not n.endswith(".executable") and n != ITEM_TABLE}
+        files: dict[str, bytes | np.ndarray] = {name: self.read(name) for name in sorted(names)}
+        if (table := self.item_table(self.vocabularies().items.rows)) is not None:
+            files[ITEM_TABLE] = table
+        return files

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import io
 import pickle
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.export
 import numpy as np
 from jax.experimental import serialize_executable
 
 from flame_jax.config import ModelConfig
+from flame_jax.fke.target import platform_of
 from flame_jax.models.serving import rank_function, served_slot, served_specs
 from flame_jax.packing import Bucket, Layout
 from flame_jax.schema import FeatureSchema
+
+PLATFORMS = ("cpu", "cuda")
+"""What portable programs are made for."""
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -52,11 +58,43 @@ class CompileCounter:
             self.count += 1
 
 
-def platform_of(device: jax.Device) -> str:
-    """`cuda` or `rocm` for a GPU of that make, else JAX's own name (`cpu`, `tpu`)."""
-    if device.platform != "gpu":
-        return str(device.platform)
-    return "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"
+def portable_program(
+    model: ModelConfig,
+    schema: FeatureSchema,
+    layout: Layout,
+    bucket: Bucket,
+    vocabulary: int,
+    *,
+    precision: str,
+    platforms: Sequence[str] = PLATFORMS,
+) -> bytes:
+    """`rank(weights, slot)` of one bucket as StableHLO, which every later JAX can compile for `platforms`."""
+    slot = served_slot(model, schema, layout, bucket)
+    weights = [
+        jax.ShapeDtypeStruct(spec.shape, spec.dtype) for spec in served_specs(model, schema, vocabulary).values()
+    ]
+    words = jax.ShapeDtypeStruct((slot.words,), np.int32)
+    function = rank_function(model, schema, layout, slot, vocabulary)
+    with jax.default_matmul_precision(precision):
+        exported = jax.export.export(jax.jit(function), platforms=tuple(platforms))(weights, words)
+    return bytes(exported.serialize())
+
+
+def lower_program(program: bytes, device: jax.Device) -> jax.stages.Lowered:
+    """Prepare a portable program for one device; `.compile()` of it may run in another thread.
+
+    Raises:
+        ValueError: the program is damaged, or is not for this platform.
+    """
+    try:
+        exported = jax.export.deserialize(bytearray(program))
+    except Exception as error:  # damaged bytes raise nearly anything
+        raise ValueError(f"damaged program: {type(error).__name__}") from error
+    if platform_of(device) not in exported.platforms:
+        raise ValueError(f"a program for {', '.join(exported.platforms)} can't be compiled for {platform_of(device)}")
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    specs = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for a in exported.in_avals]
+    return jax.jit(exported.call).lower(specs[:-1], specs[-1])
 
 
 def compile_bucket(
@@ -70,16 +108,9 @@ def compile_bucket(
     device: jax.Device,
 ) -> jax.stages.Compiled:
     """Compile `rank(weights, slot)` of one bucket for one device."""
-    slot = served_slot(model, schema, layout, bucket)
-    sharding = jax.sharding.SingleDeviceSharding(device)
-    weights = [
-        jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding)
-        for spec in served_specs(model, schema, vocabulary).values()
-    ]
-    words = jax.ShapeDtypeStruct((slot.words,), np.int32, sharding=sharding)
-    function = rank_function(model, schema, layout, slot, vocabulary)
-    with jax.default_matmul_precision(precision):
-        return jax.jit(function).lower(weights, words).compile()
+    platforms = (platform_of(device),)
+    program = portable_program(model, schema, layout, bucket, vocabulary, precision=precision, platforms=platforms)
+    return lower_program(program, device).compile()
 
 
 def serialize(compiled: jax.stages.Compiled) -> bytes:

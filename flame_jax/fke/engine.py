@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 
-from flame_jax.fke.artifact import Artifact, ArtifactError, executable_name
-from flame_jax.fke.compile import deserialize, platform_of
+from flame_jax.fke.artifact import Artifact, ArtifactError
+from flame_jax.fke.compile import deserialize, lower_program
+from flame_jax.fke.golden import Golden, Packer, difference, whole
+from flame_jax.fke.manifest import GOLDEN, executable_name, portable_name
+from flame_jax.fke.target import Target
 from flame_jax.models.serving import check_weights, served_slot, served_specs
 from flame_jax.packing import Bucket
+from flame_jax.record import RecordLayout
 
 WARM_RUNS = 3
 """CUDA graphs record on an executable's second run; the third is the first ordinary one."""
 
+log = logging.getLogger(__name__)
+
 
 class Engine:
     """Runs the executables of one artifact on one device.
+
+    Attributes:
+        recompiled: buckets whose executable this CPU can't run and that were compiled here from their portable
+            programs.
+        golden_difference: how far the probabilities of the golden set lay from the artifact's, once `warm` has run.
 
     Raises:
         ArtifactError: the artifact is damaged or was built for something else.
@@ -25,8 +38,8 @@ class Engine:
 
     def __init__(self, artifact: Artifact, device: jax.Device) -> None:
         manifest = artifact.manifest
-        artifact.check_target(platform_of(device), device.device_kind)
-        self.manifest = manifest
+        self.manifest, self._path = manifest, artifact.path
+        missing = _check_target(artifact, Target.of(device))
         self.vocabularies = artifact.vocabularies()
         host = artifact.weights()
         try:
@@ -36,28 +49,89 @@ class Engine:
             raise ArtifactError(f"artifact {artifact.path}: {error}") from error
         self.slots = {b: served_slot(manifest.model, manifest.schema, manifest.layout, b) for b in manifest.buckets}
         self.item_table = artifact.item_table(self.vocabularies.items.rows)
+        self.packer = Packer(
+            manifest.model, manifest.schema, manifest.layout, RecordLayout(manifest.schema, self.item_table)
+        )
+        self.golden = _golden(artifact, self.packer.records)
+        self.golden_difference = float("nan")
         self._weights = [jax.device_put(host[name], device) for name in specs]
+        self.recompiled: list[Bucket] = []
         self._executables: dict[Bucket, jax.stages.Compiled] = {}
         for bucket in manifest.buckets:
-            payload = artifact.read(executable_name(bucket))
-            try:
-                self._executables[bucket] = deserialize(payload, len(self._weights), device)
-            except (pickle.UnpicklingError, ValueError, jax.errors.JaxRuntimeError) as error:
-                raise ArtifactError(
-                    f"artifact {artifact.path}: the executable of bucket {bucket} does not load here: {error}"
-                ) from error
-            taken = [tuple(a.shape) for a in jax.tree.leaves(self._executables[bucket].in_avals)]
+            executable = None if missing else self._load(artifact, bucket, device)
+            if executable is None:
+                executable = self._recompile(artifact, bucket, device)
+            taken = [tuple(a.shape) for a in jax.tree.leaves(executable.in_avals)]
             if taken != [*(tuple(spec.shape) for spec in specs.values()), (self.slots[bucket].words,)]:
                 raise ArtifactError(
                     f"artifact {artifact.path}: the executable of bucket {bucket} was built for other shapes"
                 )
+            self._executables[bucket] = executable
+        if self.recompiled:
+            log.warning(
+                "artifact %s: %d executables can't run on this CPU (it lacks %s) and were compiled anew",
+                artifact.path,
+                len(self.recompiled),
+                ", ".join(missing) or "what the loader asked for",
+            )
+
+    def _load(self, artifact: Artifact, bucket: Bucket, device: jax.Device) -> jax.stages.Compiled | None:
+        """The bucket's executable; None when XLA's loader refuses it on this CPU."""
+        payload = artifact.read(executable_name(bucket))
+        try:
+            return deserialize(payload, len(self._weights), device)
+        except jax.errors.JaxRuntimeError as error:
+            if self.manifest.target.platform == "cpu":
+                log.warning("artifact %s: the executable of bucket %s is refused: %s", self._path, bucket, error)
+                return None
+            reason: Exception = error
+        except (pickle.UnpicklingError, ValueError) as error:
+            reason = error
+        raise ArtifactError(
+            f"artifact {self._path}: the executable of bucket {bucket} does not load here: {reason}"
+        ) from reason
+
+    def _recompile(self, artifact: Artifact, bucket: Bucket, device: jax.Device) -> jax.stages.Compiled:
+        try:
+            executable = lower_program(artifact.read(portable_name(bucket)), device).compile()
+        except ValueError as error:
+            raise ArtifactError(f"artifact {self._path}: the program of bucket {bucket}: {error}") from error
+        self.recompiled.append(bucket)
+        return executable
 
     def warm(self) -> None:
-        """Run every executable on an empty slot until it is in its steady state."""
-        for bucket, slot in self.slots.items():
-            words = np.zeros(slot.words, np.int32)
-            for _ in range(WARM_RUNS):
-                self.launch(bucket, words).block_until_ready()
+        """Run every executable until it is in its steady state, and compare its scores with the golden set's.
+
+        Raises:
+            ArtifactError: they differ by more than the manifest's tolerance.
+        """
+        self.golden_difference = 0.0
+        for bucket in self.slots:
+            batches = self.packer.batches(self.golden, bucket)
+            if not batches:
+                raise ArtifactError(f"artifact {self._path}: no golden request fits bucket {bucket}")
+            for number in range(max(WARM_RUNS, len(batches))):
+                apart = self._replay(bucket, batches[number % len(batches)])
+                if not apart <= self.manifest.golden_tolerance:
+                    raise ArtifactError(
+                        f"artifact {self._path}: in bucket {bucket} the golden requests' probabilities are {apart:.2g} "
+                        f"off, beyond the tolerance of {self.manifest.golden_tolerance:g}"
+                    )
+                self.golden_difference = max(self.golden_difference, apart)
+
+    def _replay(self, bucket: Bucket, numbers: Sequence[int]) -> float:
+        """Largest difference of these golden requests' probabilities, run as one batch."""
+        pieces = [whole(self.golden.records[i], self.packer.records) for i in numbers]
+        try:
+            words, rows = self.packer.pack(pieces, bucket)
+        except IndexError as error:
+            raise ArtifactError(f"artifact {self._path}: a golden request has a row that is not there") from error
+        scores = self.run(bucket, words)
+        return max(difference(scores[r], self.golden.scores[i]) for i, r in zip(numbers, rows, strict=True))
+
+    def run(self, bucket: Bucket, words: np.ndarray) -> np.ndarray:
+        """Scores float32[C_max, tasks] of one batch, waited for."""
+        return np.asarray(self.launch(bucket, words))
 
     def launch(self, bucket: Bucket, words: np.ndarray) -> jax.Array:
         """Start one batch and return at once.
@@ -70,3 +144,28 @@ class Engine:
         """
         result: jax.Array = self._executables[bucket](self._weights, words)
         return result
+
+
+def _check_target(artifact: Artifact, here: Target) -> list[str]:
+    """Instruction sets that this CPU lacks. Raises ArtifactError where executables can't run at all."""
+    built = artifact.manifest.target
+    if misfit := built.misfit(here):
+        raise ArtifactError(
+            f"artifact {artifact.path} {misfit}; `python -m flame_jax.export build --from {artifact.path} --platform "
+            f"{here.platform} --out DIR` here compiles it for this machine"
+        )
+    if built.device_kind != here.device_kind:
+        log.warning(
+            "artifact %s was tuned for %s; on this %s it may be slower than it could be",
+            artifact.path,
+            built.device_kind,
+            here.device_kind,
+        )
+    return built.missing_features(here)
+
+
+def _golden(artifact: Artifact, records: RecordLayout) -> Golden:
+    try:
+        return Golden.from_tensors(artifact.tensors(GOLDEN), records, len(artifact.manifest.schema.tasks))
+    except ValueError as error:
+        raise ArtifactError(f"artifact {artifact.path} has an unreadable golden set: {error}") from error

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from flame_jax.dso.dispatcher import Dispatcher, Done, Status
-from flame_jax.dso.executor import Executor, Piece
+from flame_jax.dso.executor import Executor
 from flame_jax.packing import Bucket, Extent, Layout, place, slot_layout
-from flame_jax.record import BlockEvents, RecordLayout
+from flame_jax.record import BlockEvents, Piece, RecordLayout
 from flame_jax.schema import Block, Feature, FeatureSchema
 
 SCHEMA = FeatureSchema(

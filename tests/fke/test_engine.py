@@ -13,11 +13,15 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from flame_jax.fke.artifact import Artifact, ArtifactError, executable_name
-from flame_jax.fke.compile import CompileCounter
+from flame_jax.fke import engine as module
+from flame_jax.fke.artifact import Artifact, ArtifactError
+from flame_jax.fke.compile import CompileCounter, deserialize
 from flame_jax.fke.engine import Engine
+from flame_jax.fke.manifest import executable_name, portable_name
+from flame_jax.fke.target import Target
 from flame_jax.models.serving import rank_function
-from flame_jax.packing import Bucket, Extent, slot_layout
+from flame_jax.packing import Bucket, Extent, place, slot_layout
+from flame_jax.record import RecordLayout
 from tests import tiny
 
 
@@ -102,10 +106,117 @@ def change(folder: Path, *keys: str, value: Any) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
-@pytest.mark.parametrize("name", ["platform", "device_kind", "jaxlib"])
-def test_an_artifact_for_something_else_is_refused(name: str, folder: Path) -> None:
+@pytest.mark.parametrize("name", ["platform", "compute_capability", "jaxlib", "plugin"])
+def test_an_artifact_for_something_else_is_refused_by_both_sides_and_the_way_out(name: str, folder: Path) -> None:
+    here = getattr(Target.of(tiny.device()), name)
     change(folder, "target", name, value="other")
-    assert f"{name} 'other'" in refusal(folder)
+    line = refusal(folder)
+    assert f"built for {name.replace('_', ' ')} 'other', this process has {here!r}" in line
+    assert f"build --from {folder} --platform cpu" in line
+
+
+def test_an_artifact_of_a_sibling_device_loads_with_a_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    change(folder, "target", "device_kind", value="NVIDIA H300")
+    Engine(Artifact(folder), tiny.device())
+    assert "tuned for NVIDIA H300" in caplog.text
+
+
+def test_executables_for_another_cpu_are_compiled_anew_and_score_the_same(
+    folder: Path, engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    change(folder, "target", "cpu_features", value=[*Target.of(tiny.device()).cpu_features, "avx999", "amx9"])
+    other = Engine(Artifact(folder), tiny.device())
+    other.warm()
+    assert tuple(other.recompiled) == tiny.BUCKETS
+    assert engine.recompiled == []
+    assert "lacks amx9, avx999" in caplog.text
+    words, _ = tiny.packed_slot(tiny.BUCKETS[1], [Extent(12, 9)])
+    np.testing.assert_allclose(other.run(tiny.BUCKETS[1], words), engine.run(tiny.BUCKETS[1], words), rtol=1e-6)
+
+
+def test_an_executable_that_the_cpus_loader_refuses_is_compiled_anew(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused: list[bytes] = []
+
+    def refusing(payload: bytes, weights: int, device: jax.Device) -> jax.stages.Compiled:
+        if not refused:
+            refused.append(payload)
+            raise jax.errors.JaxRuntimeError("Target machine feature +avx999 is not supported on the host machine")
+        return deserialize(payload, weights, device)
+
+    monkeypatch.setattr(module, "deserialize", refusing)
+    other = Engine(Artifact(folder), tiny.device())
+    assert other.recompiled == [tiny.BUCKETS[0]]
+    other.warm()
+
+
+def test_a_program_of_junk_is_refused_when_it_is_needed(folder: Path) -> None:
+    change(folder, "target", "cpu_features", value=["avx999"])
+    tiny.forge(folder, portable_name(tiny.BUCKETS[0]), b"junk" * 50)
+    assert "program of bucket t32_c16" in refusal(folder)
+
+
+def golden_of(folder: Path) -> dict[str, np.ndarray]:
+    return dict(Artifact(folder).tensors("golden.safetensors"))
+
+
+def test_golden_scores_are_those_of_the_plain_model(pristine: Path) -> None:
+    golden = golden_of(pristine)
+    layout = RecordLayout(tiny.SCHEMA)
+    bucket = tiny.BUCKETS[1]
+    for number in range(len(golden) // 2):
+        record, scores = golden[f"record.{number}"], golden[f"scores.{number}"]
+        slot = slot_layout(tiny.SCHEMA, tiny.LAYOUT, bucket)
+        words = np.zeros(slot.words, np.int32)
+        (where,) = place([layout.extent(record)], bucket, tiny.LAYOUT)
+        layout.write(slot.views(words), 0, where, record, 0, len(scores))
+        with jax.default_matmul_precision("highest"):
+            right = np.asarray(plain(bucket)(list(tiny.random_weights(3).values()), words))
+        first = where.candidate_start - (bucket.tokens - bucket.candidates)
+        np.testing.assert_allclose(scores, right[first : first + len(scores)], rtol=1e-5)
+        assert np.ptp(scores) > 1e-3
+
+
+@pytest.mark.parametrize("number", [0, -1])
+def test_golden_scores_that_are_not_met_are_refused(number: int, folder: Path) -> None:
+    golden = golden_of(folder)
+    name = f"scores.{number % (len(golden) // 2)}"
+    golden[name] = golden[name].copy()
+    golden[name][0, 1] += 0.01
+    tiny.forge(folder, "golden.safetensors", safetensors.numpy.save(golden))
+    line = refusal(folder)
+    assert "golden requests' probabilities are 0.01 off, beyond the tolerance of 0.001" in line
+
+
+def test_other_weights_of_the_right_shape_are_refused_by_the_golden_set(folder: Path) -> None:
+    forge_weights(folder, tiny.random_weights(4))
+    assert "golden" in refusal(folder)
+
+
+def test_weights_that_are_not_numbers_are_refused_by_the_golden_set(folder: Path) -> None:
+    weights = {name: value.copy() for name, value in tiny.random_weights(3).items()}
+    weights["item"][:] = np.nan
+    forge_weights(folder, weights)
+    assert "probabilities are inf off" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "change_one",
+    [
+        lambda golden: {},
+        lambda golden: {"record.0": golden["record.0"]},
+        lambda golden: golden | {"record.0": golden["record.0"][:-1]},
+        lambda golden: golden | {"record.0": np.array([], np.int32)},
+        lambda golden: golden | {"record.0": -golden["record.0"]},
+        lambda golden: golden | {"record.0": golden["record.0"].astype(np.float32)},
+        lambda golden: golden | {"scores.0": golden["scores.0"][:, :1]},
+        lambda golden: golden | {"more": golden["scores.0"]},
+    ],
+)
+def test_a_golden_set_of_junk_is_refused(change_one: Any, folder: Path) -> None:
+    tiny.forge(folder, "golden.safetensors", safetensors.numpy.save(change_one(golden_of(folder))))
+    assert "golden" in refusal(folder)
 
 
 @pytest.mark.parametrize("name", [executable_name(bucket) for bucket in tiny.BUCKETS])
@@ -169,7 +280,7 @@ def test_a_vocabulary_of_another_size_is_refused(folder: Path) -> None:
         (("model", "heads"), "2"),
         (("schema", "actions"), 6),
         (("layout", "max_requests"), 5),
-        (("buckets",), [[64, 32], [128, 32]]),
+        (("executables",), []),
     ],
     ids=str,
 )

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 
 from flame_jax.config import Config, ModelConfig
-from flame_jax.dso.executor import Executor, Piece
+from flame_jax.dso.executor import Executor
 from flame_jax.export import main
-from flame_jax.fke.artifact import ITEM_TABLE, Artifact, ArtifactError
+from flame_jax.fke.artifact import Artifact, ArtifactError
 from flame_jax.fke.engine import Engine
+from flame_jax.fke.manifest import ITEM_TABLE
 from flame_jax.models.serving import host_item_table, rank_function, served_slot, served_weights
 from flame_jax.pda.assembler import Assembler
+from flame_jax.record import Piece
 from tests import tiny
 from tests.models.test_rankers import BUCKET, CASES, LAYOUT, LENGTH, ROWS, requests_of, weights_of
 from tests.packed import pack
@@ -60,7 +62,7 @@ def exported(config: Config, folder: Path, place: Place, table_dtype: Type = "fl
     model = dataclasses.replace(config.model, item_table=place, table_dtype=table_dtype)
     export = dataclasses.replace(config.export, artifact=str(folder / name), buckets=tiny.BUCKETS[:1])
     whole = dataclasses.replace(config, layout=tiny.LAYOUT, model=model, export=export)
-    main(["--config", tiny.write_config(whole, folder / f"{name}.yaml")])
+    main(["build", "--config", tiny.write_config(whole, folder / f"{name}.yaml")])
     return Artifact(folder / name)
 
 

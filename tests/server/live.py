@@ -18,7 +18,8 @@ import numpy as np
 from flax import nnx
 
 from flame_jax.config import Config, ExportConfig, HeadConfig, ModelConfig, StoreConfig
-from flame_jax.export import export
+from flame_jax.fke.build import Builder
+from flame_jax.fke.build import build as build_artifact
 from flame_jax.models.checkpoint import Checkpoint
 from flame_jax.models.climber import Climber
 from flame_jax.models.serving import flat_weights
@@ -121,7 +122,7 @@ def build(folder: Path, ladder: tuple[tuple[int, int], ...] = LADDER) -> Files:
         export=ExportConfig(artifact=str(folder / "artifact"), version="7", buckets=ladder),
     )
     checkpoint = Checkpoint(1, MODEL, SCHEMA, vocabularies, weights, [])
-    export(config, checkpoint, jax.devices()[0], progress=False)
+    build_artifact(config, checkpoint, Builder(jax.devices()[0], progress=False))
     return Files(folder / "store", folder / "artifact", weights, vocabularies, histories, rows, features)
 
 
@@ -134,7 +135,7 @@ def with_ladder(files: Files, folder: Path, ladder: tuple[tuple[int, int], ...])
         export=ExportConfig(artifact=str(folder / "artifact"), version="7", buckets=ladder),
     )
     checkpoint = Checkpoint(1, MODEL, SCHEMA, files.vocabularies, files.weights, [])
-    export(config, checkpoint, jax.devices()[0], progress=False)
+    build_artifact(config, checkpoint, Builder(jax.devices()[0], progress=False))
     return replace(files, artifact=folder / "artifact")
 
 

@@ -1,0 +1,242 @@
+"""From weights to an artifact: portable programs, executables, golden scores."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import tempfile
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from io import BytesIO
+from pathlib import Path
+
+import jax
+import numpy as np
+import safetensors.numpy
+from jaxlib import _jax
+from tqdm import tqdm
+
+from flame_jax import __version__
+from flame_jax.config import Config, ModelConfig
+from flame_jax.fke.artifact import Artifact
+from flame_jax.fke.buckets import make_ladder
+from flame_jax.fke.compile import PLATFORMS, lower_program, portable_program, serialize
+from flame_jax.fke.golden import Golden, Packer, golden_records, reference_bucket, score_each
+from flame_jax.fke.manifest import (
+    GOLDEN,
+    ITEM_TABLE,
+    WEIGHTS,
+    BuiltExecutable,
+    Manifest,
+    executable_name,
+    portable_name,
+    vocabulary_name,
+)
+from flame_jax.fke.signing import SigningKey
+from flame_jax.fke.target import Target
+from flame_jax.fke.tuning import Tuning, compile_tuned, results_file
+from flame_jax.fke.writer import check_place, write_artifact
+from flame_jax.models.checkpoint import Checkpoint
+from flame_jax.models.cost import bucket_cost
+from flame_jax.models.serving import (
+    abstract_model,
+    check_weights,
+    host_item_table,
+    served_specs,
+    served_weights,
+    weight_specs,
+)
+from flame_jax.packing import Bucket
+from flame_jax.record import RecordLayout
+from flame_jax.vocabulary import Vocabulary
+
+_PACKAGES = ("jax", "jaxlib", "flax", "numpy")
+KERNELS = {"sumi_attention": "xla"}
+
+
+@dataclass(frozen=True)
+class Builder:
+    """What executables are compiled for, and how.
+
+    Attributes:
+        device: one of this machine, or a described one.
+        jobs: buckets compiled at once; 0: as many as there are cores, or one where XLA measures kernels meanwhile.
+        tuning: choices of kernels measured before.
+        key: signs the artifact.
+        progress: show bars on stderr.
+    """
+
+    device: jax.Device
+    jobs: int = 0
+    tuning: Tuning | None = None
+    key: SigningKey | None = None
+    progress: bool = True
+
+    @property
+    def present(self) -> bool:
+        """Whether the device is in this machine."""
+        return not isinstance(self.device.client, _jax.CompileOnlyPyClient)
+
+    def compile(self, programs: Mapping[Bucket, bytes]) -> dict[Bucket, tuple[bytes, float, int, str]]:
+        """Compile portable programs: payload, seconds, temporary bytes and tuning per bucket.
+
+        Lowering is Python and goes one by one; XLA's compilation leaves the interpreter, so it goes in threads.
+        """
+        target = Target.of(self.device)
+        measures = target.platform == "cuda" and self.present and self.tuning is None
+        jobs = self.jobs or (1 if measures else os.cpu_count() or 1)
+        built: dict[Bucket, tuple[bytes, float, int, str]] = {}
+        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
+            file = results_file(self.tuning, Path(folder))
+
+            def work(lowered: jax.stages.Lowered) -> tuple[bytes, float, int, str]:
+                started = time.perf_counter()
+                compiled, tuning = compile_tuned(lowered, target, present=self.present, file=file)
+                seconds = time.perf_counter() - started
+                return serialize(compiled), seconds, _temp_bytes(compiled), tuning
+
+            # The costliest first, so that the last to finish is a small one.
+            waiting: dict[Bucket, Future[tuple[bytes, float, int, str]]] = {
+                bucket: pool.submit(work, lower_program(programs[bucket], self.device))
+                for bucket in sorted(programs, reverse=True)
+            }
+            with tqdm(total=len(waiting), desc="compile", unit="bucket", disable=not self.progress) as bar:
+                for bucket, future in waiting.items():
+                    built[bucket] = future.result()
+                    bar.set_postfix_str(f"{bucket} {built[bucket][1]:.1f} s")
+                    bar.update()
+        return built
+
+
+def build(config: Config, checkpoint: Checkpoint, builder: Builder) -> Manifest:
+    """Build an artifact of a checkpoint at `config.export.artifact`.
+
+    Raises:
+        ValueError: the ladder or the weights don't fit the model.
+        ArtifactError: something that is no artifact is at that place.
+        OSError: it can't be written.
+    """
+    path = Path(config.export.artifact)
+    check_place(path)
+    model, schema = checkpoint.model, checkpoint.schema
+    ladder = make_ladder(config.export.buckets, schema, config.layout)
+    rows = checkpoint.vocabularies.items.rows
+    check_weights(weight_specs(abstract_model(model, schema, rows)), checkpoint.weights)
+    weights = served_weights(model, checkpoint.weights)
+    item_table = host_item_table(model, checkpoint.weights)
+    programs = {
+        bucket: portable_program(
+            model, schema, config.layout, bucket, rows, precision=config.export.matmul_precision, platforms=PLATFORMS
+        )
+        for bucket in tqdm(ladder, desc="trace", unit="bucket", disable=not builder.progress)
+    }
+    packer = Packer(model, schema, config.layout, RecordLayout(schema, item_table))
+    records = golden_records(schema, checkpoint.vocabularies, config.layout, ladder)
+    golden = Golden(records, _reference_scores(packer, records, weights, rows, config.export.matmul_precision))
+    files: dict[str, bytes | np.ndarray] = {
+        WEIGHTS: tensor_bytes(weights),
+        GOLDEN: tensor_bytes(golden.tensors()),
+        vocabulary_name(): vocabulary_bytes(checkpoint.vocabularies.items),
+    }
+    files |= {vocabulary_name(name): vocabulary_bytes(v) for name, v in checkpoint.vocabularies.features.items()}
+    files |= {portable_name(bucket): program for bucket, program in programs.items()}
+    if item_table is not None:
+        files[ITEM_TABLE] = item_table
+    manifest = Manifest(
+        version=config.export.version,
+        created="",
+        versions={},
+        model=model,
+        schema=schema,
+        layout=config.layout,
+        target=Target.of(builder.device),
+        platforms=PLATFORMS,
+        matmul_precision=config.export.matmul_precision,
+        kernels=dict(KERNELS),
+        executables=(),
+        golden_tolerance=golden_tolerance(model, config.export.matmul_precision),
+    )
+    return _finish(path, manifest, files, programs, builder)
+
+
+def rebuild(artifact: Artifact, path: Path, builder: Builder) -> Manifest:
+    """Compile another artifact's portable programs for another target; all else is taken over, and checked first.
+
+    Raises:
+        ArtifactError: the artifact is damaged, or something that is no artifact is at `path`.
+        ValueError: its programs can't be compiled for the builder's device.
+        OSError: it can't be written.
+    """
+    check_place(path)
+    manifest, files = artifact.manifest, artifact.content()
+    programs = {bucket: artifact.read(portable_name(bucket)) for bucket in manifest.buckets}
+    return _finish(path, manifest, files, programs, builder)
+
+
+def _finish(
+    path: Path,
+    manifest: Manifest,
+    files: Mapping[str, bytes | np.ndarray],
+    programs: Mapping[Bucket, bytes],
+    builder: Builder,
+) -> Manifest:
+    built = builder.compile(programs)
+    flops = {b: bucket_cost(manifest.model, manifest.schema, manifest.layout, b) for b in built}
+    manifest = replace(
+        manifest,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions={"flame-jax": __version__} | {name: importlib.metadata.version(name) for name in _PACKAGES},
+        target=Target.of(builder.device),
+        executables=tuple(
+            BuiltExecutable(bucket, flops[bucket], temporary, round(seconds, 3), tuning)
+            for bucket, (_, seconds, temporary, tuning) in sorted(built.items())
+        ),
+    )
+    payloads = {executable_name(bucket): payload for bucket, (payload, *_) in built.items()}
+    return write_artifact(path, manifest, {**files, **payloads}, builder.key)
+
+
+def golden_tolerance(model: ModelConfig, precision: str) -> float:
+    """How far the probabilities of one model lie apart between two platforms' roundings, with room to spare.
+
+    A wrong weight, row or mask moves them by far more.
+    """
+    if model.dtype == "bfloat16":
+        return 0.05
+    return 1e-3 if precision == "highest" else 0.01
+
+
+def _reference_scores(
+    packer: Packer, records: list[np.ndarray], weights: Mapping[str, np.ndarray], rows: int, precision: str
+) -> list[np.ndarray]:
+    """Scores of the golden requests by the model compiled for this machine's CPU."""
+    try:
+        cpu = jax.local_devices(backend="cpu")[0]
+    except RuntimeError as error:
+        raise ValueError("golden scores are made on the CPU: let JAX_PLATFORMS name it too (cuda,cpu)") from error
+    bucket = reference_bucket(packer.schema, packer.layout)
+    program = portable_program(packer.model, packer.schema, packer.layout, bucket, rows, precision=precision)
+    compiled = lower_program(program, cpu).compile()
+    order = served_specs(packer.model, packer.schema, rows)
+    arrays = [jax.device_put(weights[name], cpu) for name in order]
+    return score_each(packer, records, bucket, lambda words: compiled(arrays, jax.device_put(words, cpu)))
+
+
+def _temp_bytes(compiled: jax.stages.Compiled) -> int:
+    analysis = compiled.memory_analysis()
+    return int(analysis.temp_size_in_bytes) if analysis is not None else 0
+
+
+def tensor_bytes(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """A safetensors file."""
+    return bytes(safetensors.numpy.save({name: np.ascontiguousarray(a) for name, a in arrays.items()}))
+
+
+def vocabulary_bytes(vocabulary: Vocabulary) -> bytes:
+    """A .npy file."""
+    file = BytesIO()
+    vocabulary.save(file)
+    return file.getvalue()

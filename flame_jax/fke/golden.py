@@ -1,0 +1,176 @@
+"""A golden set: requests and the scores they must get, made with the artifact and replayed whenever it is loaded.
+
+Requests are random records, drawn from what the schema and the vocabularies allow, so that a set needs no user's data.
+The scores come from the model's reference implementation, compiled for the CPU, whatever the artifact's executables
+run on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from flame_jax.config import ModelConfig
+from flame_jax.fke.buckets import Ladder
+from flame_jax.models.serving import served_slot
+from flame_jax.packing import Bucket, Extent, Layout, fits
+from flame_jax.record import BlockEvents, Piece, RecordLayout
+from flame_jax.schema import Feature, FeatureSchema, feature_field
+from flame_jax.vocabulary import Vocabularies
+
+MAX_CANDIDATES = 128
+"""Of one golden request: enough to fill several tiles, few enough to score on the CPU."""
+
+Run = Callable[[np.ndarray], np.ndarray]
+"""A slot's words int32[words] to scores float32[C_max, tasks]."""
+
+
+class Golden(NamedTuple):
+    """Requests and their scores.
+
+    Attributes:
+        records: see `flame_jax.record`.
+        scores: float32[candidates, tasks] each.
+    """
+
+    records: list[np.ndarray]
+    scores: list[np.ndarray]
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """As named arrays."""
+        return {f"record.{i}": r for i, r in enumerate(self.records)} | {
+            f"scores.{i}": s for i, s in enumerate(self.scores)
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, np.ndarray], records: RecordLayout, tasks: int) -> Golden:
+        """Inverse of `tensors`. Raises ValueError for a set that is empty or malformed."""
+        count = len(tensors) // 2
+        try:
+            golden = cls([tensors[f"record.{i}"] for i in range(count)], [tensors[f"scores.{i}"] for i in range(count)])
+        except KeyError as error:
+            raise ValueError(f"it has no {error}") from None
+        if not count or len(tensors) != 2 * count:
+            raise ValueError("it holds no pairs of records and scores")
+        for record, scores in zip(*golden, strict=True):
+            if record.dtype != np.int32 or record.ndim != 1 or not records.is_whole(record):
+                raise ValueError("one of its records is not one of this schema")
+            if scores.shape != (records.extent(record).candidates, tasks):
+                raise ValueError("one of its scores does not fit its record")
+        return golden
+
+
+def golden_records(
+    schema: FeatureSchema, vocabularies: Vocabularies, layout: Layout, ladder: Ladder, seed: int = 0
+) -> list[np.ndarray]:
+    """Random requests: one that fills each bucket as far as one can, one of a third of it, and one without history.
+
+    A third, so that one finds room beside others and at several places.
+    """
+    random, records = np.random.default_rng(seed), RecordLayout(schema)
+    extents = {Extent(0, min(layout.align, ladder[0].candidates))}
+    for bucket in ladder:
+        for share in (1, 3):
+            candidates = max(1, min(MAX_CANDIDATES, bucket.candidates // share))
+            room = (bucket.tokens - layout.aligned(candidates)) // share // layout.align * layout.align
+            extents.add(Extent(min(schema.history_rows, room), candidates))
+    return [_record(schema, vocabularies, records, extent, random) for extent in sorted(extents)]
+
+
+def _record(
+    schema: FeatureSchema,
+    vocabularies: Vocabularies,
+    records: RecordLayout,
+    extent: Extent,
+    random: np.random.Generator,
+) -> np.ndarray:
+    events = extent.history // (2 if schema.interleave else 1)
+    now = 1_700_000_000
+    # The first block is as long as the extent says, the others have what they have.
+    lengths = [events, *random.integers(events // 2, events + 1, len(schema.blocks) - 1).tolist()]
+
+    def items(count: int) -> np.ndarray:
+        return random.integers(0, vocabularies.items.rows, count).astype(np.int32)
+
+    def actions(allowed: Sequence[int], count: int) -> np.ndarray:
+        return random.choice(np.array(allowed or range(schema.actions), np.int32), count)
+
+    def times(count: int) -> np.ndarray:
+        ago = np.sort(np.exp(random.uniform(0, np.log(3e7), count)))[::-1]  # from a second to a year
+        return (now - ago).astype(np.int32)
+
+    def words(group: str, feature: Feature, count: int) -> np.ndarray:
+        if feature.kind == "numeric":
+            return random.normal(size=count).astype(np.float32).view(np.int32)
+        name = feature_field(group, feature)
+        limit = vocabularies.features[name].rows if feature.kind == "id" else feature.limit
+        return random.integers(0, limit, count).astype(np.int32)
+
+    travelling = schema.slot_features
+    return records.encode(
+        scenario=int(random.integers(len(schema.scenarios))),
+        request_time=now,
+        request_words=np.array([words(g, f, 1)[0] for g, f in travelling if g != "item"], np.int32),
+        blocks=[
+            BlockEvents(items(n), actions(block.actions, n), times(n))
+            for n, block in zip(lengths, schema.blocks, strict=True)
+        ],
+        candidates=items(extent.candidates),
+        item_columns=[words(g, f, extent.candidates) for g, f in travelling if g == "item"],
+    )
+
+
+class Packer:
+    """Puts records into slots of one model's buckets and takes their scores out of the results."""
+
+    def __init__(self, model: ModelConfig, schema: FeatureSchema, layout: Layout, records: RecordLayout) -> None:
+        self.model, self.schema, self.layout, self.records = model, schema, layout, records
+
+    def pack(self, pieces: Sequence[Piece], bucket: Bucket) -> tuple[np.ndarray, list[slice]]:
+        """A slot's words, and the rows of its scores that belong to each piece."""
+        slot = served_slot(self.model, self.schema, self.layout, bucket)
+        words = np.zeros(slot.words, np.int32)
+        return words, self.records.fill(slot.views(words), pieces, bucket, self.layout)
+
+    def batches(self, golden: Golden, bucket: Bucket) -> list[list[int]]:
+        """Numbers of the golden requests that fit the bucket, in as few batches as come without searching."""
+        order = sorted(range(len(golden.records)), key=lambda i: -sum(self.records.extent(golden.records[i])))
+        batches: list[list[int]] = []
+        for number in order:
+            for batch in batches:
+                extents = [self.records.extent(golden.records[i]) for i in [*batch, number]]
+                if fits(extents, bucket, self.layout):
+                    batch.append(number)
+                    break
+            else:
+                if fits([self.records.extent(golden.records[number])], bucket, self.layout):
+                    batches.append([number])
+        return batches
+
+
+def score_each(packer: Packer, records: Sequence[np.ndarray], bucket: Bucket, run: Run) -> list[np.ndarray]:
+    """Scores of records run one by one in a bucket that holds each of them."""
+    found = []
+    for record in records:
+        words, (rows,) = packer.pack([whole(record, packer.records)], bucket)
+        found.append(np.asarray(run(words))[rows])
+    return found
+
+
+def whole(record: np.ndarray, records: RecordLayout) -> Piece:
+    """All of a record's candidates."""
+    return Piece(record, 0, records.extent(record).candidates)
+
+
+def reference_bucket(schema: FeatureSchema, layout: Layout) -> Bucket:
+    """The smallest bucket that holds any golden request."""
+    candidates = layout.aligned(MAX_CANDIDATES)
+    return Bucket(layout.aligned(schema.history_rows) + candidates, candidates)
+
+
+def difference(scores: np.ndarray, expected: np.ndarray) -> float:
+    """Largest absolute difference of two sets of probabilities; infinite where one is not finite."""
+    apart = float(np.abs(scores.astype(np.float64) - expected).max(initial=0.0))
+    return apart if np.isfinite(scores).all() and np.isfinite(expected).all() else float("inf")
