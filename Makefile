@@ -5,12 +5,13 @@ PY := $(VENV)/bin/python
 DEMO := runs/demo
 CONFIG := configs/demo.yaml
 
-.PHONY: help setup demo serve test lint format proto lock wheel clean
+.PHONY: help setup demo serve test cross lint format proto lock wheel clean
 
 help:
 	@echo "make demo   import MovieLens-100K, train, export, serve and rank real users"
 	@echo "make serve  the same, and leave the server up"
 	@echo "make test   run the tests;  make lint: ruff and mypy"
+	@echo "make cross  fetch the CUDA plugin, so that the tests compile for a GPU too"
 
 # The first interpreter that is 3.12 or newer: on PATH, then among those that pyenv keeps.
 $(VENV)/installed: pyproject.toml requirements.lock
@@ -55,6 +56,16 @@ serve: $(DEMO)/artifact.done
 test: $(VENV)/installed
 	$(PY) -m pytest
 
+# The CUDA plugin without the CUDA libraries, in a folder of its own: in the virtual environment, every program that
+# runs on the CPU would look for them. Tests that compile for a GPU use it where it is.
+.cross/installed: $(VENV)/installed requirements-cross.lock
+	rm -rf .cross
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-cross.lock \
+	  --target .cross
+	@touch $@
+
+cross: .cross/installed
+
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -77,4 +88,4 @@ wheel: $(VENV)/installed
 	$(PY) -m pip wheel --quiet --no-deps --no-build-isolation -w dist .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info $(DEMO) .*_cache .hypothesis
+	rm -rf $(VENV) .cross build dist *.egg-info $(DEMO) .*_cache .hypothesis

@@ -141,6 +141,77 @@ def test_a_file_that_the_manifest_does_not_list_is_not_read(folder: Path) -> Non
         Artifact(folder).read("../model/weights.safetensors")
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "weights.safetensors", "t32_c16.executable"])
+def test_a_link_in_place_of_a_file_is_refused_even_to_the_right_bytes(name: str, folder: Path, tmp_path: Path) -> None:
+    (folder / name).rename(tmp_path / "outside")
+    (folder / name).symlink_to(tmp_path / "outside")
+    with pytest.raises(ArtifactError, match=name):
+        read_everything(folder)
+
+
+def test_a_pipe_in_place_of_a_file_is_refused_without_waiting_for_it(folder: Path) -> None:
+    (folder / "weights.safetensors").unlink()
+    os.mkfifo(folder / "weights.safetensors")
+    with pytest.raises(ArtifactError, match=r"weights\.safetensors"):
+        read_everything(folder)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/b", "", ".", "..", "manifest.json", "a\0b"])
+def test_a_manifest_that_lists_a_name_that_is_no_plain_file_is_refused(name: str, folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][name] = {"bytes": 1, "sha256": "0" * 64}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match="lists a file"):
+        Artifact(folder)
+
+
+def test_a_folder_that_is_a_link_is_read_as_it_was_when_it_was_opened(pristine: Path, tmp_path: Path) -> None:
+    """An operator's `current -> 7` may be turned over while it is loaded: what is read is of one version."""
+    tiny.save_artifact(tmp_path / "8", version="8")
+    (tmp_path / "current").symlink_to(pristine)
+    artifact = Artifact(tmp_path / "current")
+    (tmp_path / "current").unlink()
+    (tmp_path / "current").symlink_to(tmp_path / "8")
+    assert artifact.manifest.version == "7"
+    assert artifact.read("golden.safetensors")
+    assert Artifact(tmp_path / "current").manifest.version == "8"
+
+
+def test_an_artifact_replaced_after_it_was_opened_gives_no_byte_of_the_new_one(folder: Path) -> None:
+    artifact = Artifact(folder)
+    tiny.save_artifact(folder, version="8", files={"golden.safetensors": b"of the new one"})
+    with pytest.raises(ArtifactError, match="lacks"):
+        artifact.read("golden.safetensors")
+
+
+def test_a_file_swapped_between_check_and_use_is_of_no_use(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is parsed are the bytes that were hashed: the file is opened once."""
+    opened: list[str] = []
+    real = os.open
+
+    def counting(path: Any, *args: Any, **kwargs: Any) -> int:
+        opened.append(str(path))
+        return real(path, *args, **kwargs)
+
+    artifact = Artifact(folder)
+    monkeypatch.setattr(os, "open", counting)
+    artifact.weights()
+    assert opened == ["weights.safetensors"]
+
+
+def test_a_half_written_version_is_no_artifact(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+    with pytest.raises(ArtifactError, match=r"manifest\.json is missing"):
+        Artifact(folder)
+
+
+def test_a_manifest_beyond_all_size_is_not_read_into_memory(folder: Path) -> None:
+    with (folder / "manifest.json").open("r+b") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ArtifactError, match=r"unreadable manifest\.json"):
+        Artifact(folder)
+
+
 def test_a_folder_in_place_of_a_file_is_refused(folder: Path) -> None:
     (folder / "vocabulary.npy").unlink()
     (folder / "vocabulary.npy").mkdir()
