@@ -2,15 +2,18 @@
 
 `python -m bench.artifacts build --config FILE ... --work DIR` builds, on a machine without a GPU, an artifact of an
 untrained model per configuration. `python -m bench.artifacts measure --work DIR --out DIR`, on the GPU, compiles the
-same portable programs there and runs both executables of every bucket in turn, round by round.
+same portable programs there, tunes, builds once more without the GPU but with the tuning, and runs the three
+executables of every bucket in turn, round by round.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -28,7 +31,9 @@ from flame_jax.config import Config
 from flame_jax.fke.artifact import Artifact
 from flame_jax.fke.build import Builder, build, rebuild
 from flame_jax.fke.engine import Engine
-from flame_jax.fke.target import Target, described_device
+from flame_jax.fke.golden import whole
+from flame_jax.fke.manifest import portable_name
+from flame_jax.fke.target import described_device, described_devices
 from flame_jax.fke.tuning import Tuning
 from flame_jax.fke.verify import verify
 from flame_jax.models.checkpoint import Checkpoint
@@ -50,9 +55,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     one = commands.add_parser("build")
     one.add_argument("--config", action="append", required=True, metavar="FILE")
     one.add_argument("--device-kind", default="h100")
-    one.add_argument("--tuned", metavar="DIR", help="folder of MODEL.tuned.json, of `measure`")
     two = commands.add_parser("measure")
     two.add_argument("--out", required=True, metavar="DIR")
+    two.add_argument("--scratch", default="runs/cross_scratch", metavar="DIR", help="takes what is built here")
     two.add_argument("--commit", help="commit of this checkout, for the result file")
     for sub in (one, two):
         sub.add_argument("--work", required=True, metavar="DIR", help="folder of the artifacts")
@@ -62,11 +67,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             build_untrained(file, args)
     else:
         command = shlex.join(["python", "-m", "bench.artifacts", *(sys.argv[1:] if argv is None else argv)])
-        out = Path(args.out)
-        results = describe(command, args.commit) | {
-            "models": {path.name: measure(path, out) for path in sorted(Path(args.work).iterdir()) if path.is_dir()}
-        }
-        (out / "artifacts.json").write_text(json.dumps(results, indent=1) + "\n")
+        results = describe(command, args.commit) | {"models": {}}
+        for path in sorted(Path(args.work).iterdir()):
+            results["models"][path.name] = measure(path, Path(args.scratch))
+            Path(args.out, "artifacts.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 def untrained(config: Config, items: int = ITEMS) -> Checkpoint:
@@ -88,41 +92,65 @@ def build_untrained(file: str, args: argparse.Namespace) -> None:
     """Cross-build one configuration's artifact."""
     config = load(["--config", file], prog="bench.artifacts")
     device = described_device(args.device_kind)
-    tuned = Path(args.tuned) / f"{config.model.name}.tuned.json" if args.tuned else None
-    tuning = Tuning.load(tuned, Target.of(device)) if tuned is not None else None
     path = str(Path(args.work) / config.model.name)
     config = replace(config, export=replace(config.export, artifact=path))
-    build(config, untrained(config), Builder(device, tuning=tuning))
+    build(config, untrained(config), Builder(device))
 
 
-def measure(path: Path, out: Path) -> dict[str, Any]:
+def measure(path: Path, scratch: Path) -> dict[str, Any]:
     """One artifact against the same programs compiled here: milliseconds a batch, side by side."""
-    artifact, device = Artifact(path), jax.devices()[0]
-    programs = [artifact.read(f"{bucket}.stablehlo") for bucket in artifact.manifest.buckets]
-    tuning = Tuning.measure(programs, device)
-    tuning.save(out / f"{path.name}.tuned.json")
-    here = path.with_name(f".{path.name}.here")
-    built = rebuild(artifact, here, Builder(device, tuning=tuning, progress=False))
-    crossed, native = Engine(artifact, device), Engine(Artifact(here), device)
-    crossed.warm()
-    native.warm()
+    scratch.mkdir(parents=True, exist_ok=True)
+    guessed, device = Artifact(path), jax.devices()[0]
+    here, tuned, file = (scratch / f"{path.name}.{n}" for n in ("here", "tuned", "tuned.json"))
+    started = time.perf_counter()
+    rebuild(guessed, here, Builder(device, progress=False))
+    here_seconds = time.perf_counter() - started
+    # In the process that compiled them, so that nothing is measured twice.
+    Tuning.measure([guessed.read(portable_name(bucket)) for bucket in guessed.manifest.buckets], device).save(file)
+    started = time.perf_counter()
+    cross_build(path, guessed.manifest.target.device_kind, file, tuned)
+    tuned_seconds = time.perf_counter() - started
+    engines = {name: Engine(Artifact(p), device) for name, p in (("guessed", path), ("tuned", tuned), ("here", here))}
+    for engine in engines.values():
+        engine.warm()
     rows = {}
-    for e, compiled in zip(artifact.manifest.executables, built.executables, strict=True):
-        times = side_by_side([runner(crossed, e.bucket, device), runner(native, e.bucket, device)])
-        rows[str(e.bucket)] = {
-            "cross_ms": times[0],
-            "here_ms": times[1],
-            "ratio": times[0] / times[1],
-            "cross_tuning": e.tuning,
-            "here_tuning": compiled.tuning,
-            "cross_compile_s": e.compile_seconds,
-            "here_compile_s": compiled.compile_seconds,
+    for bucket in guessed.manifest.buckets:
+        times = side_by_side([runner(engine, bucket, device) for engine in engines.values()])
+        milliseconds = dict(zip(engines, times, strict=True))
+        rows[str(bucket)] = {
+            "ms": milliseconds,
+            "tuned_to_here": milliseconds["tuned"] / milliseconds["here"],
+            "guessed_to_here": milliseconds["guessed"] / milliseconds["here"],
+            "tuning": {name: tuning_of(engine, bucket) for name, engine in engines.items()},
+            "same_bits": same_bits(engines["tuned"], engines["here"], bucket),
         }
     return {
         "buckets": rows,
-        "golden_difference": {"cross": crossed.golden_difference, "here": native.golden_difference},
-        "verify": [report.to_json() for report in verify(artifact, device)],
+        "seconds": {"compile_here": here_seconds, "cross_build_tuned": tuned_seconds},
+        "golden_difference": {name: engine.golden_difference for name, engine in engines.items()},
+        "verify": [report.to_json() for report in verify(Artifact(tuned), device)],
     }
+
+
+def tuning_of(engine: Engine, bucket: Bucket) -> str:
+    """How the bucket's kernels were chosen."""
+    return next(e.tuning for e in engine.manifest.executables if e.bucket == bucket)
+
+
+def cross_build(path: Path, kind: str, tuning: Path, out: Path) -> None:
+    """Build in a process that does not see the GPU."""
+    described = next(name for name in described_devices() if name in kind.lower())
+    command = [sys.executable, "-m", "flame_jax.export", "build", "--from", str(path), "--device-kind", described]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([*command, "--tuned", str(tuning), "--out", str(out)], check=True, env=environment)
+
+
+def same_bits(one: Engine, other: Engine, bucket: Bucket) -> bool:
+    """Whether two executables score golden requests alike."""
+    pieces = [whole(one.golden.records[i], one.packer.records) for i in one.packer.batches(one.golden, bucket)[0]]
+    words, rows = one.packer.pack(pieces, bucket)
+    first, second = one.run(bucket, words), other.run(bucket, words)
+    return all(first[r].tobytes() == second[r].tobytes() for r in rows)
 
 
 def runner(engine: Engine, bucket: Bucket, device: jax.Device) -> Callable[[], jax.Array]:

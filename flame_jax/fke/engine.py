@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import pickle
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -56,17 +57,15 @@ class Engine:
         self.golden_difference = float("nan")
         self._weights = [jax.device_put(host[name], device) for name in specs]
         self.recompiled: list[Bucket] = []
-        self._executables: dict[Bucket, jax.stages.Compiled] = {}
-        for bucket in manifest.buckets:
-            executable = None if missing else self._load(artifact, bucket, device)
-            if executable is None:
-                executable = self._recompile(artifact, bucket, device)
+        with ThreadPoolExecutor() as pool:  # reading, hashing, loading and compiling all leave the interpreter
+            found = pool.map(lambda bucket: self._executable(artifact, bucket, device, bool(missing)), manifest.buckets)
+            self._executables = dict(zip(manifest.buckets, found, strict=True))
+        for bucket, executable in self._executables.items():
             taken = [tuple(a.shape) for a in jax.tree.leaves(executable.in_avals)]
             if taken != [*(tuple(spec.shape) for spec in specs.values()), (self.slots[bucket].words,)]:
                 raise ArtifactError(
                     f"artifact {artifact.path}: the executable of bucket {bucket} was built for other shapes"
                 )
-            self._executables[bucket] = executable
         if self.recompiled:
             log.warning(
                 "artifact %s: %d executables can't run on this CPU (it lacks %s) and were compiled anew",
@@ -74,6 +73,20 @@ class Engine:
                 len(self.recompiled),
                 ", ".join(missing) or "what the loader asked for",
             )
+
+    def _executable(
+        self, artifact: Artifact, bucket: Bucket, device: jax.Device, recompile: bool
+    ) -> jax.stages.Compiled:
+        """The bucket's executable, the artifact's or one compiled here."""
+        loaded = None if recompile else self._load(artifact, bucket, device)
+        if loaded is not None:
+            return loaded
+        try:
+            executable = lower_program(artifact.read(portable_name(bucket)), device).compile()
+        except ValueError as error:
+            raise ArtifactError(f"artifact {self._path}: the program of bucket {bucket}: {error}") from error
+        self.recompiled.append(bucket)
+        return executable
 
     def _load(self, artifact: Artifact, bucket: Bucket, device: jax.Device) -> jax.stages.Compiled | None:
         """The bucket's executable; None when XLA's loader refuses it on this CPU."""
@@ -90,14 +103,6 @@ class Engine:
         raise ArtifactError(
             f"artifact {self._path}: the executable of bucket {bucket} does not load here: {reason}"
         ) from reason
-
-    def _recompile(self, artifact: Artifact, bucket: Bucket, device: jax.Device) -> jax.stages.Compiled:
-        try:
-            executable = lower_program(artifact.read(portable_name(bucket)), device).compile()
-        except ValueError as error:
-            raise ArtifactError(f"artifact {self._path}: the program of bucket {bucket}: {error}") from error
-        self.recompiled.append(bucket)
-        return executable
 
     def warm(self) -> None:
         """Run every executable until it is in its steady state, and compare its scores with the golden set's.
