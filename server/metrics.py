@@ -68,6 +68,13 @@ class Metrics:
             buckets=_LOAD_SECONDS,
             registry=self.registry,
         )
+        # A counter that is there before it first counts: a rate over it sees the first time, too.
+        for counter, values in (
+            (self._reloads, ("ok", "failed")),
+            (self._rollbacks, ("command", "failing", "died")),
+        ):
+            for value in values:
+                counter.labels(value)
         self._launched: list[tuple[str, Mapping[str, int]]] = []
         self.counters("flame_batches", "Batches launched", ["version", "bucket"], self._batches)
         self._children = {stage: self._stages.labels(stage) for stage in STAGES}
