@@ -102,7 +102,8 @@ class Desk:
             loop=self._loop,
             on_fatal=lambda live: self.reloader.died(live),
         )
-        self._spoil.get(version.name, lambda _: None)(live.engine)
+        if spoil := self._spoil.get(version.name):
+            spoil(live.engine)
         return live
 
     def _on_dead(self) -> None:
