@@ -91,12 +91,11 @@ class Models:
         live.ok = live.failed = 0
         self._active, self.standby = live, before
 
-    def revert(self) -> LiveModel:
-        """Make the standby active again; the version left, which drains."""
+    def revert(self) -> None:
+        """Make the standby active again and let go of the version left."""
         assert self.standby is not None, "nothing to go back to"
         left, self._active, self.standby = self.active, self.standby, None
         self._drain(left)
-        return left
 
     def split(self, live: LiveModel, share: int) -> None:
         """Give a new version, the standby or the canary `share` of the users, in parts of `STEPS`."""

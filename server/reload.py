@@ -18,7 +18,7 @@ from flame_jax.server.background import in_background
 from flame_jax.server.errors import CommandRefused, Refusal
 from flame_jax.server.live import LiveModel, LoadError
 from flame_jax.server.metrics import Metrics
-from flame_jax.server.models import STEPS, Models
+from flame_jax.server.models import STEPS, STOP_SECONDS, Models
 
 LEAST_FAILED = 5
 """Failed calls after which a version is judged: it goes when they are more than half of its calls."""
@@ -56,7 +56,7 @@ class Reloader:
         self.withdrawn: set[str] = set()
         self._turn = asyncio.Lock()
         self._window: asyncio.TimerHandle | None = None
-        self._closed = False
+        self._closed = asyncio.Event()
 
     async def start(self) -> None:
         """Load what is served first: the pinned version or the newest good one, and the canary.
@@ -102,6 +102,8 @@ class Reloader:
                     log.error("%s; what is loaded stays served", told)
             except CommandRefused:
                 return
+            except Exception:
+                log.exception("looking for a newer version failed")
 
     async def poll(self) -> None:
         """Serve the newest good version that is newer than the active one.
@@ -140,7 +142,7 @@ class Reloader:
                     continue
                 self.pinned = ""
                 return
-            reasons = {version: reason for version, (_, reason) in self.bad.items()}
+            reasons = {v.name: self.bad[v.name][1] for v in await self.on_disk() if self.is_bad(v)}
             raise CommandRefused(Refusal.NO_GOOD_VERSION, self._source.refusal(reasons))
 
     async def rollback(self) -> None:
@@ -163,12 +165,11 @@ class Reloader:
     async def _load_older(self) -> None:
         newest = natural_key(self._models.active.version)
         for version in [v for v in await self._eligible() if natural_key(v.name) < newest]:
+            self._make_room()
             try:
-                live = await self._reload(version)
+                self._promote(await self._reload(version))
             except LoadError:
                 continue
-            self._end_split()
-            self._promote(live)
             self._models.end_standby()  # it was left on purpose
             self.pinned = self.pinned and version.name
             return
@@ -223,7 +224,7 @@ class Reloader:
 
     def close(self) -> None:
         """Change nothing from now on; what is being loaded is dropped."""
-        self._closed = True
+        self._closed.set()
         if self._window is not None:
             self._window.cancel()
 
@@ -276,14 +277,15 @@ class Reloader:
         self._models.end_standby()
 
     async def _reload(self, version: Version) -> LiveModel:
-        if self._closed:
+        if self._closed.is_set():
             raise CommandRefused(Refusal.DRAINING, "the server is shutting down")
         try:
             live = await self._load(version)
         except LoadError:
             self._metrics.reload("failed")
             raise
-        if self._closed:
+        if self._closed.is_set():
+            await in_background(partial(live.stop, STOP_SECONDS))
             raise CommandRefused(Refusal.DRAINING, "the server is shutting down")
         self._metrics.reload("ok")
         return live
@@ -315,15 +317,15 @@ class Reloader:
         loop = asyncio.get_running_loop()
         self._window = loop.call_later(self._config.rollback_seconds, models.end_standby)
 
-    def _revert(self, reason: str) -> LiveModel:
-        left = self._models.revert()
+    def _revert(self, reason: str) -> None:
+        self._models.revert()
         self._metrics.model(self._models.active.manifest)
         self._metrics.rollback(reason)
         self.pinned = self.pinned and self._models.active.version
-        return left
 
     def _end_split(self) -> None:
         if self._models.canary is not None:
+            log.info("version %s no longer serves a share of the users", self._models.canary.version)
             self.withdrawn.add(self._models.canary.version)
             self._models.end_split()
 

@@ -1,6 +1,6 @@
 """The LMDB store: what is written is read back, and what is damaged or missing is said in one line."""
 
-from __future__ import dataclasses
+from __future__ import annotations
 
 import asyncio
 import json

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flame_jax.config import ServerConfig
-from flame_jax.fke.repository import Version, natural_key
+from flame_jax.fke.repository import RepositoryError, Version, natural_key
 from flame_jax.server.errors import CommandRefused, RankError, Refusal
 from flame_jax.server.live import LiveModel, LoadError
 from flame_jax.server.metrics import Metrics
@@ -285,6 +285,17 @@ def test_rollback_loads_the_newest_good_older_version_when_nothing_stands_by() -
     run(["6", "7", "8", "9"], test)
 
 
+def test_a_rollback_ends_a_split() -> None:
+    async def test(desk: Desk) -> None:
+        await desk.reloader.split("3", 0.5)
+        await desk.reloader.rollback()
+        assert desk.roles() == {"1": "active"}
+        await settle()
+        assert await desk.statuses() == {"1": "active", "2": "withdrawn", "3": "withdrawn"}
+
+    run(["1", "2", "3"], test, version="2")
+
+
 def test_a_rollback_moves_the_pin() -> None:
     async def test(desk: Desk) -> None:
         await desk.reloader.rollback()
@@ -461,6 +472,31 @@ def test_two_commands_at_once_take_turns() -> None:
         assert desk.shelf.loads == ["1", "2", "3"]
 
     run(["1", "2", "3"], test, version="1")
+
+
+def test_a_repository_that_goes_away_and_comes_back_is_looked_through_again(caplog: pytest.LogCaptureFixture) -> None:
+    async def test(desk: Desk) -> None:
+        right = desk.shelf.versions
+        errors = itertools.chain([RepositoryError("gone")] * 3, [ZeroDivisionError("a bug")])
+
+        def failing() -> list[Version]:
+            if error := next(errors, None):
+                raise error
+            return right()
+
+        desk.shelf.versions = failing  # type: ignore[method-assign]
+        desk.shelf.held["2"] = "first"
+        watching = asyncio.create_task(desk.reloader.watch())
+        for _ in range(1000):
+            if desk.models.active.version == "2":
+                break
+            await asyncio.sleep(0.01)
+        watching.cancel()
+        assert desk.models.active.version == "2"
+        assert caplog.text.count("gone; what is loaded stays served") == 1
+        assert "a bug" in caplog.text
+
+    run(["1"], test, poll_seconds=0.01)
 
 
 def test_what_is_loaded_while_the_server_drains_is_dropped() -> None:
