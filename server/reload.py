@@ -113,9 +113,7 @@ class Reloader:
         if self.pinned or self._models.canary or self._models.standby or self._turn.locked():
             return
         async with self._turn:
-            for version in await self._eligible():
-                if natural_key(version.name) <= natural_key(self._models.active.version):
-                    return
+            for version in await self._eligible(newer_than=self._models.active.version):
                 try:
                     self._promote(await self._reload(version))
                     return
@@ -228,17 +226,17 @@ class Reloader:
         if self._window is not None:
             self._window.cancel()
 
-    async def on_disk(self) -> list[Version]:
+    async def on_disk(self, newer_than: str | None = None) -> list[Version]:
         """Versions on disk, newest first. Raises RepositoryError."""
-        return await in_background(self._source.versions)
+        return await in_background(partial(self._source.versions, newer_than))
 
     def is_bad(self, version: Version) -> bool:
         """Whether it failed, and has not changed since."""
         return version.name in self.bad and self.bad[version.name][0] == version.identity
 
-    async def _eligible(self) -> list[Version]:
+    async def _eligible(self, newer_than: str | None = None) -> list[Version]:
         """What may be served without being named, newest first; a bad version that has changed is tried again."""
-        return [v for v in await self.on_disk() if v.name not in self.withdrawn and not self.is_bad(v)]
+        return [v for v in await self.on_disk(newer_than) if v.name not in self.withdrawn and not self.is_bad(v)]
 
     async def _find(self, name: str) -> Version:
         version = await in_background(partial(self._source.find, name))

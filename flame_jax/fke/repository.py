@@ -41,8 +41,8 @@ class Source(Protocol):
 
     model: str
 
-    def versions(self) -> list[Version]:
-        """Versions that may be complete, newest first. Raises RepositoryError."""
+    def versions(self, newer_than: str | None = None) -> list[Version]:
+        """Versions that may be complete, newest first; only the newer ones are looked into. Raises RepositoryError."""
 
     def find(self, name: str) -> Version | None:
         """The version of this name, if there is one. Raises RepositoryError."""
@@ -72,9 +72,10 @@ class Repository:
         self.model = model or models[0]
         self.path = Path(root) / self.model
 
-    def versions(self) -> list[Version]:
+    def versions(self, newer_than: str | None = None) -> list[Version]:
         """See `Source.versions`; those without a manifest, whose copy is under way, are left out."""
-        found = (self.find(name) for name in sorted(_folders(self.path), key=natural_key, reverse=True))
+        names = [name for name in _folders(self.path) if _newer(name, newer_than)]
+        found = (self.find(name) for name in sorted(names, key=natural_key, reverse=True))
         return [version for version in found if version is not None]
 
     def find(self, name: str) -> Version | None:
@@ -100,9 +101,10 @@ class SingleArtifact:
         self.model = ""
         self.path = Path(path)
 
-    def versions(self) -> list[Version]:
+    def versions(self, newer_than: str | None = None) -> list[Version]:
         """See `Source.versions`; the folder is listed even when nothing is there, so that loading it says so."""
-        return [Version(self._name(), self.path, _identity(self.path) or "")]
+        name = self._name()
+        return [Version(name, self.path, _identity(self.path) or "")] if _newer(name, newer_than) else []
 
     def find(self, name: str) -> Version | None:
         """See `Source.find`."""
@@ -131,6 +133,10 @@ def natural_key(name: str) -> tuple[tuple[str | int, ...], str]:
     # Split at runs of digits, text and numbers alternate: keys always compare like with like.
     parts = re.split(r"([0-9]+)", name)
     return tuple(int(part) if at % 2 else part for at, part in enumerate(parts)), name
+
+
+def _newer(name: str, than: str | None) -> bool:
+    return than is None or natural_key(name) > natural_key(than)
 
 
 def _folders(path: Path) -> list[str]:

@@ -34,6 +34,21 @@ def test_versions_come_newest_first_with_digits_as_numbers(tmp_path: Path) -> No
     assert names(tmp_path) == ["v10", "v9", "v1.12", "v1.2", "2024-11-02", "10", "9", "1-rc2", "1"]
 
 
+def test_only_newer_versions_are_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(8, 13):
+        version(tmp_path, str(number))
+    repository, read, right = Repository(tmp_path), list[str](), Path.read_bytes
+
+    def reading(path: Path) -> bytes:
+        read.append(path.parent.name)
+        return right(path)
+
+    monkeypatch.setattr(Path, "read_bytes", reading)
+    assert [found.name for found in repository.versions("10")] == ["12", "11"]
+    assert read == ["12", "11"]
+    assert repository.versions("12") == []
+
+
 @given(st.lists(st.integers(0, 10**30), min_size=2, max_size=8, unique=True), st.sampled_from(["", "v", "a1b"]))
 def test_numbered_names_sort_as_their_numbers(numbers: list[int], prefix: str) -> None:
     by_name = sorted((f"{prefix}{number}" for number in numbers), key=natural_key)

@@ -1,142 +1,20 @@
-"""What is loaded when, and who serves whom: the states of the reloader over models that load at once."""
+"""What is loaded when, and what it replaces: polling, commands, rollback."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import itertools
-import threading
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flame_jax.config import ServerConfig
-from flame_jax.fke.repository import RepositoryError, Version, natural_key
-from flame_jax.server.errors import CommandRefused, RankError, Refusal
-from flame_jax.server.live import LiveModel, LoadError
-from flame_jax.server.metrics import Metrics
-from flame_jax.server.models import STEPS, Models, user_step
-from flame_jax.server.reload import Reloader
-from flame_jax.server.state import State, describe
-
-
-class FakeLive(LiveModel):
-    """A version that serves nobody and stops at once."""
-
-    def __init__(self, version: Version) -> None:
-        self.version, self.identity = version.name, version.identity
-        self.in_flight = self.ok = self.failed = 0
-        self.stops = 0
-        target = SimpleNamespace(platform="none", device_kind="none")
-        self.manifest: Any = SimpleNamespace(
-            model=SimpleNamespace(name="m"), version=version.name, target=target, kernels={}
-        )
-        self.dispatcher: Any = SimpleNamespace(launched={}, queued=0)
-
-    def stop(self, seconds: float) -> bool:
-        self.stops += 1
-        return True
-
-
-class Shelf:
-    """Versions on a disk that is none, as a source and as a loader.
-
-    Attributes:
-        bad: version -> why it can't be loaded.
-        loads: every attempt.
-        gate: a load waits for it.
-        together: most loads that ever ran at once.
-    """
-
-    model = "m"
-
-    def __init__(self, *names: str) -> None:
-        self.held = dict.fromkeys(names, "first")
-        self.bad: dict[str, str] = {}
-        self.loads: list[str] = []
-        self.gate = threading.Event()
-        self.gate.set()
-        self.together = self._now = 0
-
-    def versions(self) -> list[Version]:
-        names = sorted(self.held, key=natural_key, reverse=True)
-        return [Version(name, None, self.held[name]) for name in names]  # type: ignore[arg-type]
-
-    def find(self, name: str) -> Version | None:
-        return next((version for version in self.versions() if version.name == name), None)
-
-    def refusal(self, tried: Any) -> str:
-        return f"tried {dict(tried)}"
-
-    def load(self, version: Version, model: str) -> LiveModel:
-        assert model == "m"
-        self._now += 1
-        self.together = max(self.together, self._now)
-        self.loads.append(version.name)
-        assert self.gate.wait(20)
-        self._now -= 1
-        if version.name in self.bad:
-            raise LoadError(self.bad[version.name])
-        return FakeLive(version)
-
-
-class Desk:
-    """A reloader over a shelf."""
-
-    def __init__(self, shelf: Shelf, **config: Any) -> None:
-        self.shelf, self.models, self.metrics = shelf, Models(), Metrics()
-        self.dead = 0
-        settings = ServerConfig(models_dir="somewhere", **{"rollback_seconds": 1000.0, **config})
-        self.reloader = Reloader(shelf, shelf.load, self.models, self.metrics, settings, self._on_dead)
-
-    def _on_dead(self) -> None:
-        self.dead += 1
-
-    def count(self, name: str, **labels: str) -> float:
-        return self.metrics.registry.get_sample_value(name, labels) or 0.0
-
-    def roles(self) -> dict[str, str]:
-        return {live.version: str(role) for live, role in self.models if role != "draining"}
-
-    async def state(self) -> State:
-        return await describe(self.models, self.reloader)
-
-    async def statuses(self) -> dict[str, str]:
-        return {row.version: str(row.status) for row in (await self.state()).versions}
-
-    def fail(self, live: LiveModel, calls: int, ok: int = 0) -> None:
-        """Answer some calls well, then fail some, as the service counts them."""
-        live.ok += ok
-        for _ in range(calls):
-            live.failed += 1
-            self.reloader.failed(live)
-
-
-def run(names: Sequence[str], test: Callable[[Desk], Awaitable[None]], **config: Any) -> None:
-    async def started() -> None:
-        desk = Desk(Shelf(*names), **config)
-        await desk.reloader.start()
-        await test(desk)
-
-    asyncio.run(asyncio.wait_for(started(), 30))
-
-
-@contextlib.contextmanager
-def refused(code: Refusal) -> Iterator[None]:
-    with pytest.raises(CommandRefused) as caught:
-        yield
-    assert caught.value.code is code
-    assert str(caught.value).startswith(f"{code}: ")
-
-
-async def settle() -> None:
-    for _ in range(20):
-        await asyncio.sleep(0.005)
+from flame_jax.fke.repository import RepositoryError, Version
+from flame_jax.server.errors import CommandRefused, Refusal
+from flame_jax.server.live import LoadError
+from tests.server.shelf import Desk, FakeLive, Shelf, refused, run, settle
 
 
 def test_the_newest_is_served_and_its_successor_is_taken() -> None:
@@ -285,17 +163,6 @@ def test_rollback_loads_the_newest_good_older_version_when_nothing_stands_by() -
     run(["6", "7", "8", "9"], test)
 
 
-def test_a_rollback_ends_a_split() -> None:
-    async def test(desk: Desk) -> None:
-        await desk.reloader.split("3", 0.5)
-        await desk.reloader.rollback()
-        assert desk.roles() == {"1": "active"}
-        await settle()
-        assert await desk.statuses() == {"1": "active", "2": "withdrawn", "3": "withdrawn"}
-
-    run(["1", "2", "3"], test, version="2")
-
-
 def test_a_rollback_moves_the_pin() -> None:
     async def test(desk: Desk) -> None:
         await desk.reloader.rollback()
@@ -356,20 +223,6 @@ def test_failures_after_the_trial_or_of_the_version_before_change_nothing() -> N
     run(["1"], test)
 
 
-def test_calls_before_the_promotion_do_not_count_on_trial() -> None:
-    async def test(desk: Desk) -> None:
-        await desk.reloader.split("2", 0.5)
-        canary = desk.models.canary
-        assert canary is not None
-        desk.fail(canary, 1, ok=1000)
-        await desk.reloader.load("2")
-        assert desk.models.active is canary
-        desk.fail(canary, 5)
-        assert desk.roles() == {"1": "active"}
-
-    run(["1", "2"], test, version="1")
-
-
 def test_a_dead_dispatcher_ends_its_version_and_only_without_another_the_process() -> None:
     async def test(desk: Desk) -> None:
         await desk.reloader.split("2", 0.5)
@@ -390,61 +243,6 @@ def test_a_dead_dispatcher_ends_its_version_and_only_without_another_the_process
         assert desk.dead == 1
 
     run(["1", "2", "3"], test, version="1")
-
-
-def test_a_failing_canary_is_dropped() -> None:
-    async def test(desk: Desk) -> None:
-        assert desk.models.canary is not None
-        desk.fail(desk.models.canary, 5)
-        assert desk.roles() == {"1": "active"}
-        await settle()
-        assert (await desk.statuses())["2"] == "bad"
-
-    run(["1", "2"], test, canary="2", canary_share=0.1)
-
-
-def test_nothing_is_taken_while_users_are_split_and_an_ended_split_sticks() -> None:
-    async def test(desk: Desk) -> None:
-        desk.shelf.held["3"] = "first"
-        await desk.reloader.poll()
-        assert desk.roles() == {"1": "active", "2": "canary"}
-        await desk.reloader.split("2", 0.5)
-        assert desk.shelf.loads == ["1", "2"], "another share of the same version is no load"
-        assert desk.models.share == STEPS // 2
-        for bad in (float("nan"), float("inf"), -0.1, 1.0001, 0.00001):
-            with refused(Refusal.BAD_SHARE):
-                await desk.reloader.split("2", bad)
-        with refused(Refusal.NO_SPLIT):
-            await desk.reloader.split("3", 0)
-        with refused(Refusal.IS_ACTIVE):
-            await desk.reloader.split("1", 0.5)
-        await desk.reloader.split("", 0)
-        with refused(Refusal.NO_SPLIT):
-            await desk.reloader.split("", 0)
-        del desk.shelf.held["3"]
-        await desk.reloader.poll()
-        await settle()
-        assert await desk.statuses() == {"1": "active", "2": "withdrawn"}
-
-    run(["1", "2"], test, canary="2", canary_share=0.1)
-
-
-def test_the_canary_and_the_standby_become_what_is_asked_without_a_load() -> None:
-    async def test(desk: Desk) -> None:
-        await desk.reloader.load("2")
-        assert desk.roles() == {"2": "active", "1": "standby"}
-        await desk.reloader.load("1")
-        assert desk.roles() == {"1": "active", "2": "standby"}
-        await desk.reloader.split("2", 0.3)
-        assert desk.roles() == {"1": "active", "2": "canary"}
-        await desk.reloader.load("2")
-        assert desk.roles() == {"2": "active", "1": "standby"}
-        assert desk.shelf.loads == ["1", "2"]
-        desk.shelf.held["2"] = "another manifest"
-        await desk.reloader.load("2")
-        assert desk.shelf.loads == ["1", "2", "2"]
-
-    run(["1", "2"], test, version="1")
 
 
 def test_no_more_than_two_versions_are_loaded_at_once() -> None:
@@ -479,10 +277,10 @@ def test_a_repository_that_goes_away_and_comes_back_is_looked_through_again(capl
         right = desk.shelf.versions
         errors = itertools.chain([RepositoryError("gone")] * 3, [ZeroDivisionError("a bug")])
 
-        def failing() -> list[Version]:
+        def failing(newer_than: str | None = None) -> list[Version]:
             if error := next(errors, None):
                 raise error
-            return right()
+            return right(newer_than)
 
         desk.shelf.versions = failing  # type: ignore[method-assign]
         desk.shelf.held["2"] = "first"
@@ -511,52 +309,6 @@ def test_what_is_loaded_while_the_server_drains_is_dropped() -> None:
         with refused(Refusal.DRAINING):
             await desk.reloader.load("2")
         assert desk.models.active.version == "1"
-
-    run(["1", "2"], test, version="1")
-
-
-def test_a_named_version_is_served_by_that_version_while_it_is_live() -> None:
-    async def test(desk: Desk) -> None:
-        await desk.reloader.load("2")
-        for name in ("1", "2"):
-            assert desk.models.route(name, "anybody").version == name
-        with pytest.raises(RankError):
-            desk.models.route("3", "anybody")
-        first = desk.models.standby
-        assert first is not None
-        first.in_flight = 1
-        desk.models.end_standby()
-        with pytest.raises(RankError):
-            desk.models.route("1", "anybody")
-        first.in_flight = 0
-        await settle()
-
-    run(["1", "2", "3"], test, version="1")
-
-
-@settings(max_examples=30, deadline=None)
-@given(small=st.integers(1, STEPS), large=st.integers(1, STEPS))
-def test_a_share_is_kept_and_growing_it_moves_nobody_back(small: int, large: int) -> None:
-    small, large = sorted((small, large))
-    steps = np.array([user_step(f"user {n}") for n in range(20_000)])
-    assert set(np.flatnonzero(steps < small)) <= set(np.flatnonzero(steps < large))
-    spread = 4.5 * np.sqrt(large / STEPS * (1 - large / STEPS) / len(steps)) + 1e-9
-    assert abs((steps < large).mean() - large / STEPS) <= spread
-
-
-def test_a_users_step_is_the_same_everywhere() -> None:
-    """Worked out with `b2sum -l 64`: the first 8 bytes, little-endian, modulo 10,000."""
-    assert [user_step(user) for user in ("u3", "42", "é")] == [4291, 6983, 9963]
-
-
-def test_two_shares_route_their_users() -> None:
-    async def test(desk: Desk) -> None:
-        await desk.reloader.split("2", 0.3)
-        users = [f"u{n}" for n in range(500)]
-        first = [desk.models.route("", user).version for user in users]
-        assert first == ["2" if user_step(user) < 3000 else "1" for user in users]
-        await desk.reloader.split("2", 1.0)
-        assert {desk.models.route("", user).version for user in users} == {"2"}
 
     run(["1", "2"], test, version="1")
 
