@@ -76,7 +76,7 @@ format: $(VENV)/installed
 	$(VENV)/bin/ruff format .
 
 proto: $(VENV)/installed
-	$(PY) -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. flame_jax/server/proto/ranking.proto
+	$(PY) -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. flame_jax/server/proto/*.proto
 
 lock: $(VENV)/installed
 	$(PY) -m pip install --quiet uv

@@ -1,4 +1,7 @@
-"""Rank over gRPC: `RankingClient` for programs, `python -m flame_jax.client rank` for people."""
+"""Rank over gRPC: `RankingClient` for programs, `python -m flame_jax.client rank` for people.
+
+`python -m flame_jax.client models` is in `model_control.py`.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from typing import Any, Self
 import grpc
 import numpy as np
 
+from flame_jax import model_control
 from flame_jax.commandline import refuse
 from flame_jax.config import StoreConfig
 from flame_jax.pda.lmdb_store import LmdbStore
@@ -157,7 +161,9 @@ def _fields(message: Any) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one subcommand."""
     parser = argparse.ArgumentParser(prog=PROG, description="Call a FLAME-JAX server.")
-    rank = parser.add_subparsers(required=True, metavar="COMMAND").add_parser("rank", help="rank items for one user")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    model_control.add_commands(commands.add_parser("models", help="see and change what a server serves"))
+    rank = commands.add_parser("rank", help="rank items for one user")
     rank.add_argument("--target", default=DEFAULT_TARGET, metavar="HOST:PORT", help="server (default %(default)s)")
     rank.add_argument("--user", required=True, metavar="KEY", help="the user's key in the store")
     rank.add_argument("--top", type=_count, default=10, metavar="N", help="items to show (default %(default)s)")
@@ -174,14 +180,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--time", type=int, metavar="SECONDS", help="request time; default: the user's last event, else now"
     )
     rank.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    rank.set_defaults(run=_rank, as_text=_as_text)
     args = parser.parse_args(argv)
     try:
-        shown = _rank(args)
+        shown = args.run(args)
     except grpc.RpcError as error:
         refuse(PROG, f"{error.code().name}: {error.details()}", status=1)
     except (StoreError, CorruptRecord, ValueError, OverflowError) as error:
         refuse(PROG, str(error), status=1)
-    print(json.dumps(shown) if args.json else _as_text(shown))
+    print(json.dumps(shown) if args.json else args.as_text(shown))
 
 
 def _ids(text: str) -> np.ndarray:

@@ -8,6 +8,9 @@ from typing import Any, Literal
 from flame_jax.packing import Layout
 from flame_jax.schema import FeatureSchema
 
+SMALLEST_SHARE = 0.0001
+"""Of users, that a split between two versions tells apart."""
+
 
 def _at_least(least: int, section: str, config: object, *names: str) -> None:
     for name in names:
@@ -314,6 +317,15 @@ class ServerConfig:
         host: address to listen on.
         port: gRPC port; 0 takes a free one and prints it.
         metrics_port: Prometheus port; 0 takes a free one and prints it.
+        admin_host: address of the admin port, which nothing authenticates.
+        admin_port: port of the commands that change what is served; 0 takes a free one and prints it, -1 opens none.
+        models_dir: folder of models, `models_dir/MODEL/VERSION/`; when empty, export.artifact is served.
+        model: model of models_dir; may be empty when it holds one only.
+        version: version served; when empty, the newest good one, also when it comes later.
+        poll_seconds: how often models_dir is looked through for a newer version; 0: only on command.
+        rollback_seconds: how long the version before stays loaded after a change, to go back to at once.
+        canary: a second version to serve from the start on.
+        canary_share: share of users, by hash, that get it.
         max_candidates: candidates of one request at most.
         max_message_mib: size of a message at most, in MiB.
         max_in_flight: calls being answered at most; one more gets RESOURCE_EXHAUSTED.
@@ -328,6 +340,15 @@ class ServerConfig:
     host: str = "127.0.0.1"
     port: int = 50051
     metrics_port: int = 9090
+    admin_host: str = "127.0.0.1"
+    admin_port: int = -1
+    models_dir: str = ""
+    model: str = ""
+    version: str = ""
+    poll_seconds: float = 2.0
+    rollback_seconds: float = 30.0
+    canary: str = ""
+    canary_share: float = 0.0
     max_candidates: int = 4096
     max_message_mib: int = 16
     max_in_flight: int = 1024
@@ -338,14 +359,28 @@ class ServerConfig:
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
     def __post_init__(self) -> None:
-        _at_least(0, "server", self, "port", "metrics_port", "drain_seconds")
+        _at_least(-1, "server", self, "admin_port")
+        _at_least(0, "server", self, "port", "metrics_port", "drain_seconds", "poll_seconds", "rollback_seconds")
         _at_least(1, "server", self, "max_candidates", "max_message_mib", "max_in_flight", "default_timeout_ms")
         # gRPC keeps message sizes in a C int of bytes.
-        for name, most in (("port", 65535), ("metrics_port", 65535), ("max_message_mib", 2047)):
+        ports = {"port": 65535, "metrics_port": 65535, "admin_port": 65535}
+        for name, most in (ports | {"max_message_mib": 2047}).items():
             if getattr(self, name) > most:
                 raise ValueError(f"server.{name} must be at most {most}, not {getattr(self, name)}")
         if not self.traffic_classes or not all(self.traffic_classes):
             raise ValueError("server.traffic_classes must be non-empty names")
+        self._check_repository()
+
+    def _check_repository(self) -> None:
+        named = [name for name in ("model", "version", "canary") if getattr(self, name)]
+        if named and not self.models_dir:
+            raise ValueError(f"server.{named[0]} is chosen among the versions in server.models_dir, which is empty")
+        if bool(self.canary) != bool(self.canary_share):
+            raise ValueError("server.canary and server.canary_share go together")
+        if self.canary and not SMALLEST_SHARE <= self.canary_share <= 1:
+            raise ValueError(f"server.canary_share must lie in [{SMALLEST_SHARE}, 1], not {self.canary_share}")
+        if self.canary and self.canary == self.version:
+            raise ValueError("server.canary and server.version name the same version")
 
 
 @dataclass(frozen=True)

@@ -8,43 +8,34 @@ import json
 import logging
 import os
 import signal
-import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from functools import partial
+from typing import Any
 
 import grpc
 import jax
 import uvloop
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from flame_jax.commandline import load, refuse
 from flame_jax.config import Config, ServerConfig
-from flame_jax.dso.dispatcher import Dispatcher
-from flame_jax.dso.executor import Executor
-from flame_jax.fke.artifact import Artifact, ArtifactError
 from flame_jax.fke.compile import CompileCounter
-from flame_jax.fke.engine import Engine
-from flame_jax.pda.assembler import Assembler
+from flame_jax.fke.repository import Repository, RepositoryError, SingleArtifact, Source, Version
 from flame_jax.pda.lmdb_store import LmdbStore
 from flame_jax.pda.store import StoreError
 from flame_jax.schema import FeatureSchema
+from flame_jax.server.background import any_running, in_background
+from flame_jax.server.control import CONTROL, ModelControl
+from flame_jax.server.listen import StartError, address, bind, open_port
+from flame_jax.server.live import LiveModel, LoadError, load_model
 from flame_jax.server.metrics import Metrics
-from flame_jax.server.ranking import SERVICE, Inbox, RankingService
-
-# The generated module registers the message types that reflection describes.
-from flame_jax.server.proto import ranking_pb2  # noqa: F401  isort: skip
+from flame_jax.server.models import STEPS, Models
+from flame_jax.server.ranking import SERVICE, RankingService
+from flame_jax.server.reload import Reloader
 
 PROG = "python -m flame_jax.server"
-STOP_SECONDS = 5.0
-"""After the drain, how long the dispatcher may take to finish what runs on the device."""
 
 log = logging.getLogger("flame_jax.server")
-
-
-class StartError(Exception):
-    """The server can't start; the message is one clear line."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -55,8 +46,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     try:
         status = uvloop.run(serve(config))
-    except (StartError, ArtifactError, StoreError) as error:
+    except (StartError, LoadError, StoreError, RepositoryError) as error:
         refuse(PROG, str(error), status=1)
+    if any_running():
+        # A load can't be interrupted, and an interpreter that goes away under one crashes.
+        logging.shutdown()
+        os._exit(status)
     raise SystemExit(status)
 
 
@@ -64,40 +59,53 @@ async def serve(config: Config) -> int:
     """Load everything, answer calls until told to stop, drain.
 
     Raises:
-        StartError, ArtifactError, StoreError: something needed at start is missing or doesn't fit.
+        StartError, LoadError, StoreError, RepositoryError: something needed at start is missing or doesn't fit.
     """
     settings = config.server
-    metrics = Metrics()
-    server, port = _bind(config)
-    artifact = Artifact(config.export.artifact)
-    manifest = artifact.manifest
+    stopped: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, _on_signal, stopped)
+    server, port = _bind_ranking(settings)
+    admin, admin_port = _bind_admin(settings)
+    store, metrics, models = LmdbStore(config.store.path), Metrics(), Models()
+    metrics_port = _listen(metrics, settings)
+    reloader = await _unless(stopped, _load(config, store, models, metrics, stopped))
+    if reloader is None:
+        log.info("stopped while loading")
+        return await stopped
+
+    manifest = models.active.manifest
     if config.schema not in (FeatureSchema(), manifest.schema):
         log.warning("the configuration's schema is not the artifact's, which is the one served")
-    store = LmdbStore(config.store.path, manifest.schema)
-    metrics_port = _listen(metrics, settings)
-
-    stopped: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-    engine = _load(artifact)
-    service, dispatcher = _assemble(config, engine, store, metrics, stopped)
     log.info("configuration: %s", json.dumps(dataclasses.asdict(config)))
+    service = RankingService(
+        model=reloader.model, models=models, config=settings, store=store, metrics=metrics, on_failed=reloader.failed
+    )
     compiles = CompileCounter()
-    _export(metrics, engine, service, dispatcher, compiles)
-    checks = await _start(server, service, stopped)
+    _export(metrics, models, service, compiles)
+    checks = await open_port(server, SERVICE, service.handler())
+    if admin is not None:
+        await open_port(admin, CONTROL, ModelControl(models, reloader).handler())
+    watching = asyncio.create_task(reloader.watch()) if settings.models_dir and settings.poll_seconds else None
     print(
-        f"READY grpc={_address(settings.host, port)} metrics={_address(settings.host, metrics_port)} "
-        f"model={manifest.model.name} version={manifest.version} buckets={len(manifest.buckets)}",
+        f"READY grpc={address(settings.host, port)} metrics={address(settings.host, metrics_port)} "
+        f"admin={'off' if admin is None else address(settings.admin_host, admin_port)} "
+        f"model={reloader.model} version={manifest.version} buckets={len(manifest.buckets)}",
         flush=True,
     )
 
     status = await stopped
     log.info("draining %d calls", service.in_flight)
     service.draining = True
+    reloader.close()
+    if watching is not None:
+        watching.cancel()
     await checks.enter_graceful_shutdown()
     if not await _drained(service, settings.drain_seconds):
         log.error("%d calls did not finish within server.drain_seconds", service.in_flight)
         status = 1
-    await server.stop(grace=1.0)
-    if status == 0 and not await asyncio.to_thread(dispatcher.stop, STOP_SECONDS):
+    await asyncio.gather(*(each.stop(grace=1.0) for each in (server, admin) if each is not None))
+    if status == 0 and not await models.stop():
         log.error("a batch did not finish: the device hangs")
         status = 1
     store.close()
@@ -105,136 +113,88 @@ async def serve(config: Config) -> int:
     return status
 
 
+async def _load(
+    config: Config, store: LmdbStore, models: Models, metrics: Metrics, stopped: asyncio.Future[int]
+) -> Reloader:
+    """Load what is served first."""
+    settings = config.server
+    source: Source = (
+        Repository(settings.models_dir, settings.model)
+        if settings.models_dir
+        else SingleArtifact(config.export.artifact)
+    )
+    device = await in_background(_first_device)
+    loop = asyncio.get_running_loop()
+
+    def died(live: LiveModel) -> None:
+        reloader.died(live)
+
+    def load(version: Version, model: str) -> LiveModel:
+        return load_model(version, model, config=config, store=store, device=device, loop=loop, on_fatal=died)
+
+    reloader = Reloader(source, load, models, metrics, settings, on_dead=partial(_stop, stopped, 1))
+    await reloader.start()
+    return reloader
+
+
+def _first_device() -> jax.Device:
+    try:
+        return jax.devices()[0]
+    except (RuntimeError, AssertionError) as error:
+        raise StartError("JAX finds no device; see JAX_PLATFORMS and the installed extra (cuda13, cuda12)") from error
+
+
+async def _unless[T](stopped: asyncio.Future[int], work: Coroutine[Any, Any, T]) -> T | None:
+    """What `work` returns, or None when the process is told to stop meanwhile."""
+    task = asyncio.create_task(work)
+    await asyncio.wait((task, stopped), return_when=asyncio.FIRST_COMPLETED)
+    if task.done():
+        return task.result()
+    task.cancel()
+    return None
+
+
+def _bind_ranking(settings: ServerConfig) -> tuple[grpc.aio.Server, int]:
+    size = settings.max_message_mib << 20
+    options = [
+        # Per connection: enough to refuse calls at once, few enough to bound what waits in our memory.
+        ("grpc.max_concurrent_streams", settings.max_in_flight + 256),
+        ("grpc.max_receive_message_length", size),
+        ("grpc.max_send_message_length", size),
+    ]
+    return bind("gRPC", settings.host, settings.port, options)
+
+
+def _bind_admin(settings: ServerConfig) -> tuple[grpc.aio.Server | None, int]:
+    if settings.admin_port < 0:
+        return None, settings.admin_port
+    return bind("admin", settings.admin_host, settings.admin_port)
+
+
 def _listen(metrics: Metrics, settings: ServerConfig) -> int:
     try:
         return metrics.listen(settings.host, settings.metrics_port)
     except OSError as error:
-        address = _address(settings.host, settings.metrics_port)
-        raise StartError(f"metrics port {address} can't be bound: {error.strerror}") from error
+        where = address(settings.host, settings.metrics_port)
+        raise StartError(f"metrics port {where} can't be bound: {error.strerror}") from error
 
 
-def _load(artifact: Artifact) -> Engine:
-    """The artifact's model on the first device, warm."""
-    try:
-        device = jax.devices()[0]
-    except (RuntimeError, AssertionError) as error:
-        raise StartError("JAX finds no device; see JAX_PLATFORMS and the installed extra (cuda13, cuda12)") from error
-    try:
-        engine = Engine(artifact, device)
-        engine.warm()
-    except jax.errors.JaxRuntimeError as error:
-        raise StartError(f"the device can't run artifact {artifact.path}: {error}") from error
-    return engine
-
-
-def _assemble(
-    config: Config, engine: Engine, store: LmdbStore, metrics: Metrics, stopped: asyncio.Future[int]
-) -> tuple[RankingService, Dispatcher]:
-    """Slots, dispatcher and service of one loaded model."""
-    manifest, loop = engine.manifest, asyncio.get_running_loop()
-    assembler = Assembler(manifest.schema, engine.vocabularies, engine.item_table)
-    inbox = Inbox(loop)
-
-    def die() -> None:
-        loop.call_soon_threadsafe(_stop, stopped, 1)
-
-    try:
-        executors = [
-            Executor(engine, bucket, assembler.layout, manifest.layout)
-            for bucket in manifest.buckets
-            for _ in range(config.dispatch.executors)
-        ]
-    except OSError as error:
-        raise StartError(f"slots can't be allocated: {error.strerror}; see dispatch.executors and ulimit -n") from error
-    dispatcher = Dispatcher(
-        executors,
-        manifest.buckets,
-        manifest.layout,
-        assembler.layout,
-        tasks=len(manifest.schema.tasks),
-        max_queue=config.dispatch.max_queue,
-        on_done=inbox.deliver,
-        on_fatal=die,
+def _export(metrics: Metrics, models: Models, service: RankingService, compiles: CompileCounter) -> None:
+    """What is read when it is scraped, from another thread."""
+    metrics.counters(
+        "flame_compiles_after_ready", "XLA compilations since the server was ready", [], lambda: [((), compiles.count)]
     )
-    service = RankingService(
-        schema=manifest.schema,
-        model=manifest.model.name,
-        version=manifest.version,
-        config=config.server,
-        store=store,
-        assembler=assembler,
-        dispatcher=dispatcher,
-        inbox=inbox,
-        metrics=metrics,
-    )
-    return service, dispatcher
-
-
-async def _start(
-    server: grpc.aio.Server, service: RankingService, stopped: asyncio.Future[int]
-) -> health.aio.HealthServicer:
-    """Answer calls, probes and reflection, and listen to signals."""
-    checks = health.aio.HealthServicer()
-    server.add_generic_rpc_handlers((service.handler(),))
-    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
-    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-    await server.start()
-    for name in ("", SERVICE):
-        await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, _on_signal, stopped)
-    return checks
-
-
-def _bind(config: Config) -> tuple[grpc.aio.Server, int]:
-    """Take the port before anything slow is loaded."""
-    settings = config.server
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    address = _address(settings.host, settings.port)
-    try:
-        # gRPC prints a line of its own when it can't bind, so ask the kernel first.
-        socket.create_server((settings.host, settings.port), family=family).close()
-    except OSError as error:
-        raise StartError(f"gRPC port {address} can't be bound: {error.strerror}") from error
-    size = settings.max_message_mib << 20
-    server = grpc.aio.server(
-        options=[
-            ("grpc.so_reuseport", 0),
-            # Per connection: enough to refuse calls at once, few enough to bound what waits in our memory.
-            ("grpc.max_concurrent_streams", settings.max_in_flight + 256),
-            ("grpc.max_receive_message_length", size),
-            ("grpc.max_send_message_length", size),
-        ]
-    )
-    try:
-        return server, server.add_insecure_port(address)
-    except RuntimeError as error:
-        raise StartError(f"gRPC port {address} can't be bound") from error
-
-
-def _address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _export(
-    metrics: Metrics, engine: Engine, service: RankingService, dispatcher: Dispatcher, compiles: CompileCounter
-) -> None:
-    manifest = engine.manifest
-    metrics.model(
-        {
-            "name": manifest.model.name,
-            "version": manifest.version,
-            "platform": manifest.target.platform,
-            "device_kind": manifest.target.device_kind,
-            **{f"kernel_{op}": implementation for op, implementation in manifest.kernels.items()},
-        }
-    )
-    metrics.counter("flame_compiles_after_ready", "XLA compilations since the server was ready", lambda: compiles.count)
     metrics.gauge("flame_in_flight", "Calls being answered", lambda: service.in_flight)
-    metrics.gauge("flame_queued", "Requests waiting for the dispatcher", lambda: dispatcher.queued)
-    for bucket in dispatcher.launched:
-        read = partial(dispatcher.launched.__getitem__, bucket)
-        metrics.counter("flame_batches", "Batches launched", read, bucket=bucket)
+    metrics.gauge(
+        "flame_queued", "Requests waiting for a dispatcher", lambda: sum(live.dispatcher.queued for live, _ in models)
+    )
+    metrics.gauge("flame_split_share", "Share of users that the canary serves", lambda: models.share / STEPS)
+    metrics.gauges(
+        "flame_model_role",
+        "What each live version does",
+        ["version", "role"],
+        lambda: sorted({((live.version, str(role)), 1.0) for live, role in models}),
+    )
 
 
 def _on_signal(stopped: asyncio.Future[int]) -> None:

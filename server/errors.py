@@ -1,8 +1,11 @@
-"""Every way a call can end badly: a fixed code and a fixed sentence. No exception's text reaches a caller."""
+"""Every way a call can end badly: a fixed code and a fixed sentence. No exception's text reaches a caller.
+
+Commands of the admin port are read by operators: there the sentence tells the reason.
+"""
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import Enum, StrEnum
 
 import grpc
 
@@ -64,3 +67,41 @@ class RankError(Exception):
     def __init__(self, fault: Fault) -> None:
         super().__init__(fault.name)
         self.fault = fault
+
+
+class Refusal(StrEnum):
+    """Codes of commands that were not carried out."""
+
+    MALFORMED_MESSAGE = "MALFORMED_MESSAGE"
+    BAD_SHARE = "BAD_SHARE"
+    UNKNOWN_VERSION = "UNKNOWN_VERSION"
+    BAD_VERSION = "BAD_VERSION"
+    NO_GOOD_VERSION = "NO_GOOD_VERSION"
+    NO_OLDER_VERSION = "NO_OLDER_VERSION"
+    NO_SPLIT = "NO_SPLIT"
+    IS_ACTIVE = "IS_ACTIVE"
+    UNREADABLE = "UNREADABLE"
+    DRAINING = "DRAINING"
+    INTERNAL = "INTERNAL"
+
+    @property
+    def status(self) -> grpc.StatusCode:
+        """The gRPC status."""
+        return _REFUSALS.get(self, grpc.StatusCode.FAILED_PRECONDITION)
+
+
+_REFUSALS = {
+    Refusal.MALFORMED_MESSAGE: _INVALID,
+    Refusal.BAD_SHARE: _INVALID,
+    Refusal.UNKNOWN_VERSION: grpc.StatusCode.NOT_FOUND,
+    Refusal.DRAINING: grpc.StatusCode.UNAVAILABLE,
+    Refusal.INTERNAL: grpc.StatusCode.INTERNAL,
+}
+
+
+class CommandRefused(Exception):
+    """A command was not carried out; what is served is as it was before."""
+
+    def __init__(self, code: Refusal, reason: str) -> None:
+        super().__init__(f"{code}: {reason}")
+        self.code = code

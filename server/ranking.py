@@ -5,22 +5,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from itertools import count
+from collections.abc import Callable
 
 import grpc
 import numpy as np
 
 from flame_jax.config import ServerConfig
-from flame_jax.dso.dispatcher import Dispatcher, Done, QueueFull, Status
-from flame_jax.pda.assembler import Assembled, Assembler
+from flame_jax.dso.dispatcher import Done, QueueFull, Status
+from flame_jax.pda.assembler import Assembled
 from flame_jax.pda.records import CorruptRecord
 from flame_jax.pda.store import Store, StoreError
 from flame_jax.request import RankRequest
-from flame_jax.schema import FeatureSchema
 from flame_jax.server.errors import Fault, RankError
+from flame_jax.server.live import LiveModel
 from flame_jax.server.metrics import Metrics
+from flame_jax.server.models import Models
 from flame_jax.server.proto import ranking_pb2
-from flame_jax.server.validation import Validator
+from flame_jax.server.validation import parse
 
 log = logging.getLogger(__name__)
 
@@ -28,58 +29,45 @@ SERVICE = "flame.v1.RankingService"
 
 # Faults of the server's own making; every other one is the caller's or the load's.
 _ERRORS = {Fault.STORE_UNAVAILABLE, Fault.CORRUPT_RECORD, Fault.BAD_SCORES, Fault.INTERNAL}
+# Of these, the ones that speak against the version: it gave no scores, or none that are numbers.
+_OWN_FAULTS = {Fault.BAD_SCORES.name, Fault.INTERNAL.name}
 _YEAR_SECONDS = 365 * 86400.0
 
 
-class Inbox:
-    """Brings finished requests from the completion thread to the event loop, one wake-up per batch."""
+class _Call:
+    """One call on its way.
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._futures: dict[int, asyncio.Future[Done]] = {}
-        self._tickets = count()
+    Attributes:
+        live: the version that it was routed to.
+    """
 
-    def open(self) -> tuple[int, asyncio.Future[Done]]:
-        """A ticket and the future of its result."""
-        ticket, future = next(self._tickets), self._loop.create_future()
-        self._futures[ticket] = future
-        return ticket, future
+    __slots__ = ("deadline", "live", "started")
 
-    def close(self, ticket: int) -> None:
-        """Forget a ticket; a late result is dropped."""
-        self._futures.pop(ticket, None)
-
-    def deliver(self, done: list[Done]) -> None:
-        """Called from any thread."""
-        self._loop.call_soon_threadsafe(self._resolve, done)
-
-    def _resolve(self, done: list[Done]) -> None:
-        for result in done:
-            future = self._futures.pop(result.ticket, None)
-            if future is not None and not future.done():
-                future.set_result(result)
+    def __init__(self, started: int, deadline: int) -> None:
+        self.started, self.deadline = started, deadline
+        self.live: LiveModel | None = None
 
 
 class RankingService:
-    """Serves one model."""
+    """Answers calls by the versions that are live.
+
+    Args:
+        model: name of the model served.
+        on_failed: told when a call ended by the fault of the version that it was routed to.
+    """
 
     def __init__(
         self,
         *,
-        schema: FeatureSchema,
         model: str,
-        version: str,
+        models: Models,
         config: ServerConfig,
         store: Store,
-        assembler: Assembler,
-        dispatcher: Dispatcher,
-        inbox: Inbox,
         metrics: Metrics,
+        on_failed: Callable[[LiveModel], None],
     ) -> None:
-        self._schema, self._model, self._version, self._config = schema, model, version, config
-        self._store, self._assembler, self._dispatcher, self._inbox = store, assembler, dispatcher, inbox
-        self._metrics = metrics
-        self._validator = Validator(schema, model, version, config)
+        self._model, self._models, self._config, self._store = model, models, config, store
+        self._metrics, self._on_failed = metrics, on_failed
         self.draining = False
         self.in_flight = 0
 
@@ -92,13 +80,13 @@ class RankingService:
         started = time.monotonic_ns()
         remaining = context.time_remaining()
         seconds = self._config.default_timeout_ms / 1e3 if remaining is None else min(remaining, _YEAR_SECONDS)
-        deadline = started + int(seconds * 1e9)
+        call = _Call(started, started + int(seconds * 1e9))
         self._metrics.accepted()
         self.in_flight += 1
         try:
             async with asyncio.timeout(seconds):
-                answer = await self._answer(message, started, deadline)
-            self._metrics.finished("ok")
+                answer = await self._answer(message, call)
+            self._finished(call, "ok", "OK")
             return answer
         except RankError as error:
             fault = error.fault
@@ -106,45 +94,62 @@ class RankingService:
             fault = Fault.DEADLINE_EXCEEDED
         except asyncio.CancelledError:
             # gRPC cancels the handler when the caller goes away and when the caller's deadline passes.
-            if time.monotonic_ns() >= deadline:
-                self._metrics.finished("expired", Fault.DEADLINE_EXCEEDED.name)
+            if time.monotonic_ns() >= call.deadline:
+                self._finished(call, "expired", Fault.DEADLINE_EXCEEDED.name)
             else:
-                self._metrics.finished("cancelled", "CANCELLED")
+                self._finished(call, "cancelled", "CANCELLED")
             raise
         except Exception:
             log.exception("a call failed")
             fault = Fault.INTERNAL
         finally:
             self.in_flight -= 1
-        self._metrics.finished(_outcome(fault), fault.name)
+        self._finished(call, _outcome(fault), fault.name)
         await context.abort(fault.status, fault.details)
         raise AssertionError("abort raises")
 
-    async def _answer(self, message: bytes, started: int, deadline: int) -> bytes:
+    def _finished(self, call: _Call, outcome: str, code: str) -> None:
+        """Count a call that has ended, once, and let its version go."""
+        live = call.live
+        self._metrics.finished(outcome, code, live.version if live else "")
+        if live is None:
+            return
+        live.in_flight -= 1
+        live.ok += outcome == "ok"
+        if code in _OWN_FAULTS:
+            live.failed += 1
+            self._on_failed(live)
+
+    async def _answer(self, message: bytes, call: _Call) -> bytes:
         if self.draining:
             raise RankError(Fault.DRAINING)
         if self.in_flight > self._config.max_in_flight:
             raise RankError(Fault.OVERLOADED)
-        if deadline <= started:
+        if call.deadline <= call.started:
             raise RankError(Fault.DEADLINE_EXCEEDED)
-        request, request_id = self._validator.parse(message)
+        wire = parse(message)
+        if wire.model not in ("", self._model):
+            raise RankError(Fault.UNKNOWN_MODEL)
+        live = call.live = self._models.route(wire.version, wire.user)
+        live.in_flight += 1
+        request = live.validator.request(wire)
         decoded = time.monotonic_ns()
-        if deadline <= decoded:
+        if call.deadline <= decoded:
             raise RankError(Fault.DEADLINE_EXCEEDED)
-        assembled = await self._features(request)
+        assembled = await self._features(live, request)
         assembled_at = time.monotonic_ns()
-        done = await self._score(assembled.record, deadline)
+        done = await self._score(live, assembled.record, call.deadline)
         scored = time.monotonic_ns()
-        answer = self._respond(request, request_id, assembled, done)
+        answer = self._respond(live, request, wire.request_id, assembled, done)
         encoded = time.monotonic_ns()
         stages = {
-            "decode": decoded - started,
+            "decode": decoded - call.started,
             "features": assembled_at - decoded,
             "queue": done.queue_ns,
             "assemble": done.assemble_ns,
             "compute": done.compute_ns,
             "encode": encoded - scored,
-            "total": encoded - started,
+            "total": encoded - call.started,
         }
         for stage, nanoseconds in stages.items():
             setattr(answer.timings, f"{stage}_us", nanoseconds // 1000)
@@ -152,9 +157,9 @@ class RankingService:
         self._metrics.stages(stages)
         return answer.SerializeToString()
 
-    async def _features(self, request: RankRequest) -> Assembled:
+    async def _features(self, live: LiveModel, request: RankRequest) -> Assembled:
         try:
-            wanted = request.candidates if self._schema.fetches_items else request.candidates[:0]
+            wanted = request.candidates if live.schema.fetches_items else request.candidates[:0]
             fetched = await self._store.fetch(request.user, wanted)
         except StoreError:
             log.exception("the store failed")
@@ -162,25 +167,25 @@ class RankingService:
         except CorruptRecord:
             log.exception("the store holds a damaged record")
             raise RankError(Fault.CORRUPT_RECORD) from None
-        assembled = self._assembler.assemble(request, fetched)
+        assembled = live.assembler.assemble(request, fetched)
         if self._config.strict_ids and assembled.report.unknown_user:
             raise RankError(Fault.UNKNOWN_USER)
         if self._config.strict_ids and assembled.report.unknown_items:
             raise RankError(Fault.UNKNOWN_ITEM)
         return assembled
 
-    async def _score(self, record: np.ndarray, deadline: int) -> Done:
-        ticket, future = self._inbox.open()
+    async def _score(self, live: LiveModel, record: np.ndarray, deadline: int) -> Done:
+        ticket, future = live.inbox.open()
         try:
-            self._dispatcher.submit(ticket, record, deadline)
+            live.dispatcher.submit(ticket, record, deadline)
             done = await future
         except QueueFull:
             raise RankError(Fault.OVERLOADED) from None
         except asyncio.CancelledError:
-            self._dispatcher.cancel(ticket)
+            live.dispatcher.cancel(ticket)
             raise
         finally:
-            self._inbox.close(ticket)
+            live.inbox.close(ticket)
         if done.status is Status.EXPIRED:
             raise RankError(Fault.DEADLINE_EXCEEDED)
         if done.status is Status.FAILED:
@@ -188,20 +193,20 @@ class RankingService:
         return done
 
     def _respond(
-        self, request: RankRequest, request_id: str, assembled: Assembled, done: Done
+        self, live: LiveModel, request: RankRequest, request_id: str, assembled: Assembled, done: Done
     ) -> ranking_pb2.RankResponse:
         scores, report = done.scores, assembled.report
         assert scores is not None, "an OK result has scores"
         if not np.isfinite(scores).all():
             raise RankError(Fault.BAD_SCORES)
-        answer = ranking_pb2.RankResponse(model=self._model, version=self._version, request_id=request_id)
+        answer = ranking_pb2.RankResponse(model=self._model, version=live.version, request_id=request_id)
         columns = np.ascontiguousarray(scores.T, "<f4")
         for task in request.tasks:
-            answer.scores.add(task=self._schema.tasks[task], values=columns[task].tobytes())
+            answer.scores.add(task=live.schema.tasks[task], values=columns[task].tobytes())
         if request.top_k:
             first = columns[request.tasks[0]]
             best = np.argsort(-first, kind="stable")[: request.top_k]
-            answer.top.task = self._schema.tasks[request.tasks[0]]
+            answer.top.task = live.schema.tasks[request.tasks[0]]
             answer.top.item_ids = request.candidates[best].astype("<i8").tobytes()
             answer.top.values = first[best].tobytes()
         flags = answer.flags

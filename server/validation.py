@@ -1,4 +1,7 @@
-"""From the bytes of a message to a validated request. Ids and times are checked as 64-bit integers."""
+"""From the bytes of a message to a validated request. Ids and times are checked as 64-bit integers.
+
+A message is parsed once, by `parse`; which version answers is known only then, and its schema checks the rest.
+"""
 
 from __future__ import annotations
 
@@ -20,22 +23,27 @@ from flame_jax.server.proto import ranking_pb2
 MAX_REQUEST_ID = 256
 
 
-class Validator:
-    """Checks messages against what one server serves."""
+def parse(message: bytes) -> ranking_pb2.RankRequest:
+    """The message, and of it what matters before a version is chosen: its keys. Raises RankError."""
+    try:
+        wire = ranking_pb2.RankRequest.FromString(message)
+    except DecodeError:
+        raise RankError(Fault.MALFORMED_MESSAGE) from None
+    _require(usable_key(wire.user), Fault.BAD_USER)
+    _require(len(wire.request_id.encode()) <= MAX_REQUEST_ID, Fault.BAD_REQUEST_ID)
+    return wire
 
-    def __init__(self, schema: FeatureSchema, model: str, version: str, config: ServerConfig) -> None:
-        self._schema, self._model, self._version, self._config = schema, model, version, config
+
+class Validator:
+    """Checks messages against what one version serves."""
+
+    def __init__(self, schema: FeatureSchema, config: ServerConfig) -> None:
+        self._schema, self._config = schema, config
         self._sent = {f.name: f for f in schema.item_features if f.source == "request"}
 
-    def parse(self, message: bytes) -> tuple[RankRequest, str]:
-        """The request and its request id. Raises RankError."""
-        try:
-            wire = ranking_pb2.RankRequest.FromString(message)
-        except DecodeError:
-            raise RankError(Fault.MALFORMED_MESSAGE) from None
-        self._check_routing(wire)
-        _require(usable_key(wire.user), Fault.BAD_USER)
-        _require(len(wire.request_id.encode()) <= MAX_REQUEST_ID, Fault.BAD_REQUEST_ID)
+    def request(self, wire: ranking_pb2.RankRequest) -> RankRequest:
+        """The request that a parsed message makes. Raises RankError."""
+        _index(wire.traffic_class, self._config.traffic_classes, Fault.UNKNOWN_TRAFFIC_CLASS)
         history = self._history(wire.history) if wire.HasField("history") else None
         newest = int(history.timestamps[-1]) if history is not None and len(history) else 0
         # A caller whose clock runs ahead of ours may send an event just made: the default is never before it.
@@ -44,7 +52,7 @@ class Validator:
         _require(newest <= request_time, Fault.BAD_HISTORY)
         candidates = self._candidates(wire.candidate_ids)
         _require(wire.top_k <= self._config.max_candidates, Fault.BAD_TOP_K)
-        request = RankRequest(
+        return RankRequest(
             user=wire.user,
             candidates=candidates,
             scenario=_index(wire.scenario, self._schema.scenarios, Fault.UNKNOWN_SCENARIO),
@@ -55,12 +63,6 @@ class Validator:
             tasks=self._tasks(wire.tasks),
             top_k=min(wire.top_k, len(candidates)),
         )
-        return request, wire.request_id
-
-    def _check_routing(self, wire: ranking_pb2.RankRequest) -> None:
-        _require(wire.model in ("", self._model), Fault.UNKNOWN_MODEL)
-        _require(wire.version in ("", self._version), Fault.UNKNOWN_VERSION)
-        _index(wire.traffic_class, self._config.traffic_classes, Fault.UNKNOWN_TRAFFIC_CLASS)
 
     def _candidates(self, raw: bytes) -> np.ndarray:
         _require(len(raw) % 8 == 0, Fault.BAD_CANDIDATE_BYTES)

@@ -258,10 +258,31 @@ def test_a_section_that_is_no_mapping_is_refused_by_its_name(refusal: Refusal, f
         ("--schema.user_features=[{name: age, kind: bits, size: 32}]", "age"),
         ("--model.width=0", "model.width"),
         ("--dispatch.max_queue=0", "dispatch.max_queue"),
+        ("--server.admin_port=-2", "server.admin_port"),
+        ("--server.admin_port=65536", "server.admin_port"),
+        ("--server.poll_seconds=-1", "server.poll_seconds"),
+        ("--server.rollback_seconds=-1", "server.rollback_seconds"),
+        ("--server.version=3", "server.models_dir"),
+        ("--server.model=m", "server.models_dir"),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_its_field(refusal: Refusal, flag: str, name: str) -> None:
     assert name in refusal(flag)
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        (["--server.canary=2"], "server.canary_share"),
+        (["--server.canary_share=0.5"], "server.canary"),
+        (["--server.canary=2", "--server.canary_share=1.5"], "server.canary_share"),
+        (["--server.canary=2", "--server.canary_share=0.00001"], "server.canary_share"),
+        (["--server.canary=2", "--server.canary_share=-0.5"], "server.canary_share"),
+        (["--server.canary=2", "--server.canary_share=0.5", "--server.version=2"], "server.canary"),
+    ],
+)
+def test_a_canary_that_makes_no_split_is_refused(refusal: Refusal, flags: list[str], name: str) -> None:
+    assert name in refusal("--server.models_dir=models", *flags)
 
 
 def test_a_value_out_of_range_is_refused_wherever_it_comes_from(

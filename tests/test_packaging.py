@@ -50,6 +50,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     for needed in (
         "flame_jax/server/app.py",
         "flame_jax/server/proto/ranking.proto",
+        "flame_jax/server/proto/control.proto",
         "flame_jax/server/proto/ranking_pb2.py",
         "flame_jax/models/climber.py",
         "flame_jax/pallas_kernels/sumi_attention/api.py",

@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-GENERATED = ("ranking_pb2.py", "ranking_pb2.pyi", "ranking_pb2_grpc.py")
+SOURCES = sorted(path.stem for path in (ROOT / "server/proto").glob("*.proto"))
+GENERATED = [f"{source}_{ending}" for source in SOURCES for ending in ("pb2.py", "pb2.pyi", "pb2_grpc.py")]
 
 
 def test_stubs_are_current(tmp_path: Path) -> None:
+    assert SOURCES == ["control", "ranking"]
     outputs = [f"--{kind}_out={tmp_path}" for kind in ("python", "pyi", "grpc_python")]
-    command = [sys.executable, "-m", "grpc_tools.protoc", "-I.", *outputs, "flame_jax/server/proto/ranking.proto"]
+    sources = [f"flame_jax/server/proto/{source}.proto" for source in SOURCES]
+    command = [sys.executable, "-m", "grpc_tools.protoc", "-I.", *outputs, *sources]
     subprocess.run(command, cwd=ROOT, check=True)
     for name in GENERATED:
         fresh = (tmp_path / "flame_jax/server/proto" / name).read_text()

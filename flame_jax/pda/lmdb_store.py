@@ -40,7 +40,7 @@ class LmdbStore:
 
     Args:
         path: the folder.
-        schema: what the records must have been written for; None takes whatever they were written for.
+        schema: what the records must have been written for, see `check`; None takes what is there.
 
     Attributes:
         dataset: what it says it holds.
@@ -61,10 +61,19 @@ class LmdbStore:
         self.dataset = str(meta.get("dataset"))
         self._user_dtype, self._item_dtype = user_dtype(written), item_dtype(written)
         self._item_features = written.stored_item_features
-        if schema is not None and written.store_fingerprint() != schema.store_fingerprint():
-            self.close()
+        self._path, self._fingerprint = path, written.store_fingerprint()
+        if schema is not None:
+            try:
+                self.check(schema)
+            except StoreError:
+                self.close()
+                raise
+
+    def check(self, schema: FeatureSchema) -> None:
+        """Raise StoreError when the records were written for a schema that stores something else."""
+        if schema.store_fingerprint() != self._fingerprint:
             raise StoreError(
-                f"store {path} was written for another feature schema (actions, item or user features differ)"
+                f"store {self._path} was written for another feature schema (actions, item or user features differ)"
             )
 
     def _read_meta(self, path: str | Path) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""The wire format. `ranking_pb2*` are generated from `ranking.proto` by `make proto`."""
+"""The wire format. `*_pb2*` are generated from `*.proto` by `make proto`."""

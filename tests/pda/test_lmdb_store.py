@@ -226,6 +226,17 @@ def test_a_store_of_another_schema_is_refused_and_left_as_it_was(path: Path, oth
         assert store.item_ids().tolist() == sorted(IDS)
 
 
+def test_an_open_store_is_checked_for_another_models_schema_and_stays_open(path: Path) -> None:
+    with opened(path) as store:
+        store.check(SCHEMA)
+        with pytest.raises(StoreError, match="another feature schema"):
+            store.check(
+                FeatureSchema(actions=4, item_features=SCHEMA.item_features, user_features=SCHEMA.user_features)
+            )
+        store.check(SCHEMA)
+        assert list(store.users())
+
+
 def test_a_model_may_read_the_store_in_its_own_blocks_tasks_and_context(path: Path) -> None:
     model = FeatureSchema(
         tasks=("a", "b"),

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -127,7 +130,7 @@ def build(folder: Path, ladder: tuple[tuple[int, int], ...] = LADDER) -> Files:
 
 
 def with_ladder(files: Files, folder: Path, ladder: tuple[tuple[int, int], ...]) -> Files:
-    """The same model and store, exported for other buckets."""
+    """The same model (of these weights) and store, exported for other buckets."""
     config = Config(
         schema=SCHEMA,
         layout=LAYOUT,
@@ -137,6 +140,23 @@ def with_ladder(files: Files, folder: Path, ladder: tuple[tuple[int, int], ...])
     checkpoint = Checkpoint(1, MODEL, SCHEMA, files.vocabularies, files.weights, [])
     build_artifact(config, checkpoint, Builder(jax.devices()[0], progress=False))
     return replace(files, artifact=folder / "artifact")
+
+
+def publish(artifact: Path, folder: Path) -> None:
+    """Copy an artifact to where its folder's name is its version; it appears whole."""
+    partial = folder.with_name(f".{folder.name}")
+    shutil.copytree(artifact, partial)
+    manifest = json.loads((partial / "manifest.json").read_text())
+    (partial / "manifest.json").write_text(json.dumps(manifest | {"version": folder.name}))
+    partial.rename(folder)
+
+
+def until(condition: Callable[[], object], seconds: float = 30.0) -> None:
+    """Wait until it holds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
 
 
 class Server:

@@ -48,7 +48,7 @@ def fails(flags: list[str], **env: str) -> str:
 
 def test_the_ready_line_tells_where_and_what(server: Server) -> None:
     assert re.fullmatch(
-        r"READY grpc=127\.0\.0\.1:\d+ metrics=127\.0\.0\.1:\d+ model=tiny version=7 buckets=3\n", server.ready
+        r"READY grpc=127\.0\.0\.1:\d+ metrics=127\.0\.0\.1:\d+ admin=off model=tiny version=7 buckets=3\n", server.ready
     )
 
 

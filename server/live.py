@@ -1,0 +1,172 @@
+"""One loaded version and everything that serves it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import weakref
+from collections.abc import Callable
+from itertools import count
+
+import jax
+
+from flame_jax.config import Config
+from flame_jax.dso.dispatcher import Dispatcher, Done
+from flame_jax.dso.executor import Executor
+from flame_jax.fke.artifact import Artifact, ArtifactError
+from flame_jax.fke.engine import Engine
+from flame_jax.fke.repository import Version
+from flame_jax.pda.assembler import Assembler
+from flame_jax.pda.lmdb_store import LmdbStore
+from flame_jax.pda.store import StoreError
+from flame_jax.server.validation import Validator
+
+log = logging.getLogger(__name__)
+
+_REASON = 500
+"""Characters of a reason at most: XLA tells whole pages."""
+
+
+class LoadError(Exception):
+    """A version can't be served; the message is one clear line."""
+
+
+class Inbox:
+    """Brings finished requests from the completion thread to the event loop, one wake-up per batch."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._futures: dict[int, asyncio.Future[Done]] = {}
+        self._tickets = count()
+
+    def open(self) -> tuple[int, asyncio.Future[Done]]:
+        """A ticket and the future of its result."""
+        ticket, future = next(self._tickets), self._loop.create_future()
+        self._futures[ticket] = future
+        return ticket, future
+
+    def close(self, ticket: int) -> None:
+        """Forget a ticket; a late result is dropped."""
+        self._futures.pop(ticket, None)
+
+    def deliver(self, done: list[Done]) -> None:
+        """Called from any thread."""
+        self._loop.call_soon_threadsafe(self._resolve, done)
+
+    def _resolve(self, done: list[Done]) -> None:
+        for result in done:
+            future = self._futures.pop(result.ticket, None)
+            if future is not None and not future.done():
+                future.set_result(result)
+
+
+class LiveModel:
+    """A version that answers calls. Its counts belong to the event loop.
+
+    Args:
+        identity: see `repository.Version`.
+        on_fatal: called on the event loop when a thread of the dispatcher died: this version answers no more.
+
+    Attributes:
+        in_flight: calls routed to it that have not ended.
+        ok: calls answered since it got its role.
+        failed: calls that ended by its own fault since then.
+
+    Raises:
+        OSError: slots can't be allocated.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        identity: str,
+        config: Config,
+        loop: asyncio.AbstractEventLoop,
+        on_fatal: Callable[[LiveModel], None],
+    ) -> None:
+        manifest = engine.manifest
+        self.engine, self.manifest, self.identity = engine, manifest, identity
+        self.version, self.schema = manifest.version, manifest.schema
+        self.in_flight = self.ok = self.failed = 0
+        self.validator = Validator(manifest.schema, config.server)
+        self.assembler = Assembler(manifest.schema, engine.vocabularies, engine.item_table)
+        self.inbox = Inbox(loop)
+        # Weakly: a freed version must not wait for the garbage collector to give its device memory back.
+        this = weakref.ref(self)
+
+        def died() -> None:
+            if (live := this()) is not None:
+                loop.call_soon_threadsafe(on_fatal, live)
+
+        self.dispatcher = Dispatcher(
+            [
+                Executor(engine, bucket, self.assembler.layout, manifest.layout)
+                for bucket in manifest.buckets
+                for _ in range(config.dispatch.executors)
+            ],
+            manifest.buckets,
+            manifest.layout,
+            self.assembler.layout,
+            tasks=len(manifest.schema.tasks),
+            max_queue=config.dispatch.max_queue,
+            on_done=self.inbox.deliver,
+            on_fatal=died,
+        )
+
+    def stop(self, seconds: float) -> bool:
+        """End its threads; blocks. False when a batch still runs after this long: the device hangs."""
+        return self.dispatcher.stop(seconds)
+
+
+def load_model(
+    version: Version,
+    model: str,
+    *,
+    config: Config,
+    store: LmdbStore,
+    device: jax.Device,
+    loop: asyncio.AbstractEventLoop,
+    on_fatal: Callable[[LiveModel], None],
+) -> LiveModel:
+    """Load and warm a version; takes seconds, runs on any thread.
+
+    Args:
+        model: name that its manifest must have; any when empty.
+
+    Raises:
+        LoadError: it is damaged, was built for something else, or doesn't fit the device.
+    """
+    try:
+        return _load(version, model, config, store, device, loop, on_fatal)
+    except (ArtifactError, StoreError) as error:
+        reason = str(error)
+    except jax.errors.JaxRuntimeError as error:
+        reason = f"the device can't run artifact {version.path}: {error}"
+    except OSError as error:
+        reason = f"slots can't be allocated: {error.strerror}; see dispatch.executors and ulimit -n"
+    except Exception as error:
+        log.exception("version %s can't be loaded", version.name)
+        reason = f"artifact {version.path} can't be loaded: {type(error).__name__}"
+    # Raised here, where nothing holds the failed load's frames, and with them device memory, any longer.
+    raise LoadError(" ".join(reason.split())[:_REASON])
+
+
+def _load(
+    version: Version,
+    model: str,
+    config: Config,
+    store: LmdbStore,
+    device: jax.Device,
+    loop: asyncio.AbstractEventLoop,
+    on_fatal: Callable[[LiveModel], None],
+) -> LiveModel:
+    artifact = Artifact(version.path)
+    manifest = artifact.manifest
+    if model and manifest.model.name != model:
+        raise ArtifactError(f"artifact {artifact.path} is of model {manifest.model.name!r}, not {model!r}")
+    if manifest.version != version.name:
+        raise ArtifactError(f"artifact {artifact.path} is version {manifest.version!r}, not {version.name!r}")
+    store.check(manifest.schema)
+    engine = Engine(artifact, device)
+    engine.warm()
+    return LiveModel(engine, version.identity, config, loop, on_fatal)
