@@ -30,10 +30,10 @@ from flame_jax.commandline import load
 from flame_jax.config import Config
 from flame_jax.fke.artifact import Artifact
 from flame_jax.fke.build import Builder, build, rebuild
+from flame_jax.fke.device import described_device, described_devices
 from flame_jax.fke.engine import Engine
 from flame_jax.fke.golden import whole
 from flame_jax.fke.manifest import portable_name
-from flame_jax.fke.target import described_device, described_devices
 from flame_jax.fke.tuning import Tuning
 from flame_jax.fke.verify import verify
 from flame_jax.models.checkpoint import Checkpoint

@@ -319,6 +319,8 @@ class ServerConfig:
         metrics_port: Prometheus port; 0 takes a free one and prints it.
         admin_host: address of the admin port, which nothing authenticates.
         admin_port: port of the commands that change what is served; 0 takes a free one and prints it, -1 opens none.
+        trusted_keys: public keys, PEM files: an artifact must be signed by the holder of one of them; when empty, any
+            artifact that is there is served, with a warning.
         models_dir: folder of models, `models_dir/MODEL/VERSION/`; when empty, export.artifact is served.
         model: model of models_dir; may be empty when it holds one only.
         version: version served; when empty, the newest good one, also when it comes later.
@@ -342,6 +344,7 @@ class ServerConfig:
     metrics_port: int = 9090
     admin_host: str = "127.0.0.1"
     admin_port: int = -1
+    trusted_keys: tuple[str, ...] = ()
     models_dir: str = ""
     model: str = ""
     version: str = ""

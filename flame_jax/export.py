@@ -20,10 +20,10 @@ from flame_jax.commandline import load, refuse
 from flame_jax.config import Config
 from flame_jax.fke.artifact import Artifact, ArtifactError
 from flame_jax.fke.build import Builder, build, rebuild
+from flame_jax.fke.device import described_device, described_devices, platform_of, target_of
 from flame_jax.fke.manifest import Manifest, portable_name
 from flame_jax.fke.report import columns, describe, table
 from flame_jax.fke.signing import SigningKey, TrustedKeys, write_key_pair
-from flame_jax.fke.target import Target, described_device, described_devices, platform_of
 from flame_jax.fke.tuning import Tuning
 from flame_jax.fke.verify import verify
 from flame_jax.fke.writer import sign_artifact
@@ -199,7 +199,7 @@ def make_builder(config: Config) -> Builder:
     return Builder(
         device,
         jobs=settings.jobs,
-        tuning=Tuning.load(Path(settings.tuned), Target.of(device)) if settings.tuned else None,
+        tuning=Tuning.load(Path(settings.tuned), target_of(device)) if settings.tuned else None,
         key=SigningKey(Path(settings.signing_key)) if settings.signing_key else None,
     )
 

@@ -21,6 +21,7 @@ from flame_jax.commandline import load, refuse
 from flame_jax.config import Config, ServerConfig
 from flame_jax.fke.compile import CompileCounter
 from flame_jax.fke.repository import Repository, RepositoryError, SingleArtifact, Source, Version
+from flame_jax.fke.signing import KeyFileError, TrustedKeys
 from flame_jax.pda.lmdb_store import LmdbStore
 from flame_jax.pda.store import StoreError
 from flame_jax.schema import FeatureSchema
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     try:
         status = uvloop.run(serve(config))
-    except (StartError, LoadError, StoreError, RepositoryError) as error:
+    except (StartError, LoadError, StoreError, RepositoryError, KeyFileError) as error:
         refuse(PROG, str(error), status=1)
     if any_running():
         # A load can't be interrupted, and an interpreter that goes away under one crashes.
@@ -59,7 +60,8 @@ async def serve(config: Config) -> int:
     """Load everything, answer calls until told to stop, drain.
 
     Raises:
-        StartError, LoadError, StoreError, RepositoryError: something needed at start is missing or doesn't fit.
+        StartError, LoadError, StoreError, RepositoryError, KeyFileError: something needed at start is missing or
+            doesn't fit.
     """
     settings = config.server
     stopped: asyncio.Future[int] = asyncio.get_running_loop().create_future()
@@ -123,6 +125,12 @@ async def _load(
         if settings.models_dir
         else SingleArtifact(config.export.artifact)
     )
+    trusted = TrustedKeys(settings.trusted_keys) if settings.trusted_keys else None
+    if trusted is None:
+        log.warning(
+            "server.trusted_keys is empty: artifacts are native code, and whoever can write to %s can run it here",
+            settings.models_dir or config.export.artifact,
+        )
     device = await in_background(_first_device)
     loop = asyncio.get_running_loop()
 
@@ -130,7 +138,9 @@ async def _load(
         reloader.died(live)
 
     def load(version: Version, model: str) -> LiveModel:
-        return load_model(version, model, config=config, store=store, device=device, loop=loop, on_fatal=died)
+        return load_model(
+            version, model, config=config, store=store, trusted=trusted, device=device, loop=loop, on_fatal=died
+        )
 
     reloader = Reloader(source, load, models, metrics, settings, on_dead=partial(_stop, stopped, 1))
     await reloader.start()
@@ -194,6 +204,18 @@ def _export(metrics: Metrics, models: Models, service: RankingService, compiles:
         "What each live version does",
         ["version", "role"],
         lambda: sorted({((live.version, str(role)), 1.0) for live, role in models}),
+    )
+    metrics.gauges(
+        "flame_recompiled_buckets",
+        "Executables that this CPU could not run and that were compiled anew before READY",
+        ["version"],
+        lambda: sorted({((live.version,), float(len(live.engine.recompiled))) for live, _ in models}),
+    )
+    metrics.gauges(
+        "flame_golden_difference",
+        "How far the golden requests' probabilities lay from the artifact's when it was loaded",
+        ["version"],
+        lambda: sorted({((live.version,), live.engine.golden_difference) for live, _ in models}),
     )
 
 

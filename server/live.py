@@ -16,6 +16,7 @@ from flame_jax.dso.executor import Executor
 from flame_jax.fke.artifact import Artifact, ArtifactError
 from flame_jax.fke.engine import Engine
 from flame_jax.fke.repository import Version
+from flame_jax.fke.signing import TrustedKeys
 from flame_jax.pda.assembler import Assembler
 from flame_jax.pda.lmdb_store import LmdbStore
 from flame_jax.pda.store import StoreError
@@ -124,6 +125,7 @@ def load_model(
     *,
     config: Config,
     store: LmdbStore,
+    trusted: TrustedKeys | None,
     device: jax.Device,
     loop: asyncio.AbstractEventLoop,
     on_fatal: Callable[[LiveModel], None],
@@ -132,12 +134,13 @@ def load_model(
 
     Args:
         model: name that its manifest must have; any when empty.
+        trusted: see `Artifact`.
 
     Raises:
         LoadError: it is damaged, was built for something else, or doesn't fit the device.
     """
     try:
-        return _load(version, model, config, store, device, loop, on_fatal)
+        return _load(version, model, config, store, trusted, device, loop, on_fatal)
     except (ArtifactError, StoreError) as error:
         reason = str(error)
     except jax.errors.JaxRuntimeError as error:
@@ -156,11 +159,12 @@ def _load(
     model: str,
     config: Config,
     store: LmdbStore,
+    trusted: TrustedKeys | None,
     device: jax.Device,
     loop: asyncio.AbstractEventLoop,
     on_fatal: Callable[[LiveModel], None],
 ) -> LiveModel:
-    artifact = Artifact(version.path)
+    artifact = Artifact(version.path, trusted)
     manifest = artifact.manifest
     if model and manifest.model.name != model:
         raise ArtifactError(f"artifact {artifact.path} is of model {manifest.model.name!r}, not {model!r}")

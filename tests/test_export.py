@@ -18,9 +18,9 @@ from flame_jax.config import Config
 from flame_jax.export import main
 from flame_jax.fke.artifact import Artifact
 from flame_jax.fke.build import Builder, build
+from flame_jax.fke.device import target_of
 from flame_jax.fke.engine import Engine
 from flame_jax.fke.manifest import executable_name, portable_name
-from flame_jax.fke.target import Target
 from flame_jax.models.checkpoint import load_checkpoint
 from flame_jax.models.serving import rank_function, weight_specs
 from flame_jax.packing import Bucket, Extent
@@ -61,7 +61,7 @@ def test_the_artifact_says_what_it_is(exported: Config) -> None:
     assert manifest.layout == tiny.LAYOUT
     assert manifest.buckets == tiny.BUCKETS
     assert manifest.matmul_precision == "highest"
-    assert manifest.target == Target.of(tiny.device())
+    assert manifest.target == target_of(tiny.device())
     assert manifest.platforms == ("cpu", "cuda")
     assert {"flame-jax", "jax", "jaxlib"} <= manifest.versions.keys()
     assert abs((datetime.now(UTC) - datetime.fromisoformat(manifest.created)).total_seconds()) < 3600

@@ -26,8 +26,8 @@ from flame_jax.config import Config, ExportConfig, HeadConfig, ModelConfig, Stor
 from flame_jax.fke.artifact import Artifact
 from flame_jax.fke.build import Builder, build
 from flame_jax.fke.compile import compile_bucket
+from flame_jax.fke.device import platform_of
 from flame_jax.fke.manifest import Manifest, executable_name
-from flame_jax.fke.target import platform_of
 from flame_jax.fke.writer import write_artifact
 from flame_jax.models.checkpoint import Checkpoint, CheckpointFolder
 from flame_jax.models.climber import Climber

@@ -203,11 +203,12 @@ class Dispatcher:
             self._changed.notify_all()
         self._flights.put(None)
         try:
-            if left:
-                self._on_done([work.done(Status.FAILED) for work in left])
-        finally:
+            # First, so that whoever is answered finds another dispatcher in this one's place.
             if first:
                 self._on_fatal()
+        finally:
+            if left:
+                self._on_done([work.done(Status.FAILED) for work in left])
 
     def _dispatch_loop(self) -> None:
         while (flight := self._next_flight()) is not None:

@@ -24,6 +24,7 @@ from flame_jax.config import Config, ModelConfig
 from flame_jax.fke.artifact import Artifact
 from flame_jax.fke.buckets import make_ladder
 from flame_jax.fke.compile import PLATFORMS, lower_program, portable_program, serialize
+from flame_jax.fke.device import target_of
 from flame_jax.fke.golden import Golden, Packer, golden_records, reference_bucket, score_each
 from flame_jax.fke.manifest import (
     GOLDEN,
@@ -36,7 +37,6 @@ from flame_jax.fke.manifest import (
     vocabulary_name,
 )
 from flame_jax.fke.signing import SigningKey
-from flame_jax.fke.target import Target
 from flame_jax.fke.tuning import Tuning, compile_tuned, results_file
 from flame_jax.fke.writer import check_place, write_artifact
 from flame_jax.models.checkpoint import Checkpoint
@@ -85,7 +85,7 @@ class Builder:
 
         Lowering is Python and goes one by one; XLA's compilation leaves the interpreter, so it goes in threads.
         """
-        target = Target.of(self.device)
+        target = target_of(self.device)
         measures = target.platform == "cuda" and self.present and self.tuning is None
         jobs = self.jobs or (1 if measures else os.cpu_count() or 1)
         built: dict[Bucket, tuple[bytes, float, int, str]] = {}
@@ -152,7 +152,7 @@ def build(config: Config, checkpoint: Checkpoint, builder: Builder) -> Manifest:
         model=model,
         schema=schema,
         layout=config.layout,
-        target=Target.of(builder.device),
+        target=target_of(builder.device),
         platforms=PLATFORMS,
         matmul_precision=config.export.matmul_precision,
         kernels=dict(KERNELS),
@@ -189,7 +189,7 @@ def _finish(
         manifest,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         versions={"flame-jax": __version__} | {name: importlib.metadata.version(name) for name in _PACKAGES},
-        target=Target.of(builder.device),
+        target=target_of(builder.device),
         executables=tuple(
             BuiltExecutable(bucket, flops[bucket], temporary, round(seconds, 3), tuning)
             for bucket, (_, seconds, temporary, tuning) in sorted(built.items())

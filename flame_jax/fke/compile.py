@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import serialize_executable
 
 from flame_jax.config import ModelConfig
-from flame_jax.fke.target import platform_of
+from flame_jax.fke.device import platform_of
 from flame_jax.models.serving import rank_function, served_slot, served_specs
 from flame_jax.packing import Bucket, Layout
 from flame_jax.schema import FeatureSchema

@@ -12,6 +12,7 @@ import numpy as np
 
 from flame_jax.fke.artifact import Artifact, ArtifactError
 from flame_jax.fke.compile import deserialize, lower_program
+from flame_jax.fke.device import target_of
 from flame_jax.fke.golden import Golden, Packer, difference, whole
 from flame_jax.fke.manifest import GOLDEN, executable_name, portable_name
 from flame_jax.fke.target import Target
@@ -40,7 +41,7 @@ class Engine:
     def __init__(self, artifact: Artifact, device: jax.Device) -> None:
         manifest = artifact.manifest
         self.manifest, self._path = manifest, artifact.path
-        missing = _check_target(artifact, Target.of(device))
+        missing = _check_target(artifact, target_of(device))
         self.vocabularies = artifact.vocabularies()
         host = artifact.weights()
         try:

@@ -89,7 +89,7 @@ class Repository:
     def refusal(self, tried: Mapping[str, str]) -> str:
         """See `Source.refusal`."""
         if not tried:
-            return f"no version in {self.path}: a version is a folder with {MANIFEST}; `python -m flame_jax.export build` makes one"
+            return f"no version in {self.path}: `python -m flame_jax.export build` makes one, a folder with {MANIFEST}"
         reasons = "; ".join(f"{name}: {reason}" for name, reason in tried.items())
         return f"no version of model {self.model} can be served: {reasons}"
 

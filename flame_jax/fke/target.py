@@ -1,27 +1,8 @@
-"""What executables are built for: this machine's device, or a device that is described by data."""
+"""What executables are built for, and whether they run here. No JAX."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.resources
-import platform
 from dataclasses import asdict, dataclass
-from functools import cache
-from pathlib import Path
-
-import jax
-from jax.experimental import topologies
-
-_DESCRIPTIONS = importlib.resources.files("flame_jax.fke") / "devices"
-# Instruction sets that XLA may compile for; other CPU flags say nothing of them.
-_INSTRUCTIONS = (
-    *("sse", "ssse", "avx", "amx", "fma", "f16c", "bmi", "abm", "popcnt", "movbe", "adx", "aes", "vaes", "pclmulqdq"),
-    *("vpclmulqdq", "gfni", "sha", "rdrand", "rdseed", "xsave", "asimd", "sve", "fp16", "bf16", "i8mm", "atomics"),
-)
-
-
-class UnknownDevice(ValueError):
-    """No description of such a device, or nothing to compile for it with; the message says which there are."""
 
 
 @dataclass(frozen=True)
@@ -44,19 +25,6 @@ class Target:
     plugin: str
     cpu_features: tuple[str, ...] = ()
 
-    @classmethod
-    def of(cls, device: jax.Device) -> Target:
-        """The target that compiling for `device` in this process gives."""
-        name = platform_of(device)
-        return cls(
-            platform=name,
-            device_kind=str(device.device_kind),
-            compute_capability=str(getattr(device, "compute_capability", "")),
-            jaxlib=importlib.metadata.version("jaxlib"),
-            plugin=_plugin(name),
-            cpu_features=cpu_features() if name == "cpu" else (),
-        )
-
     def misfit(self, here: Target) -> str | None:
         """Why executables for this target can't run `here`, as `built for X 'a', this process has 'b'`."""
         for name in ("platform", "compute_capability", "jaxlib", "plugin"):
@@ -68,67 +36,3 @@ class Target:
     def missing_features(self, here: Target) -> list[str]:
         """Instruction sets that executables for this target may use and that the CPU `here` lacks."""
         return sorted(set(self.cpu_features) - set(here.cpu_features))
-
-
-def platform_of(device: jax.Device) -> str:
-    """`cuda` or `rocm` for a GPU of that make, else JAX's own name (`cpu`, `tpu`)."""
-    if device.platform != "gpu":
-        return str(device.platform)
-    # A device that is only described has a client without a version; descriptions are of CUDA devices.
-    version = str(getattr(device.client, "platform_version", "cuda"))
-    return "rocm" if "rocm" in version.lower() else "cuda"
-
-
-@cache
-def cpu_features() -> tuple[str, ...]:
-    """This machine's architecture and the instruction sets it offers, sorted."""
-    found = {platform.machine()}
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() in ("flags", "Features"):
-            found |= {flag for flag in value.split() if flag.startswith(_INSTRUCTIONS)}
-            break
-    return tuple(sorted(found))
-
-
-def _plugin(platform_name: str) -> str:
-    if platform_name != "cuda":
-        return ""
-    for name in ("jax-cuda13-pjrt", "jax-cuda12-pjrt"):
-        try:
-            return f"{name} {importlib.metadata.version(name)}"
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return ""
-
-
-def described_devices() -> list[str]:
-    """Names of the devices that can be compiled for without having one."""
-    return sorted(f.name.removesuffix(".txtpb") for f in _DESCRIPTIONS.iterdir() if f.name.endswith(".txtpb"))
-
-
-def described_device(name: str) -> jax.Device:
-    """A CUDA device to compile for that this machine need not have.
-
-    Its description, XLA's `GpuTargetConfig` read off a real one, lies in `devices/NAME.txtpb`.
-
-    Raises:
-        UnknownDevice: there is no description of that name, or the CUDA plugin is not installed.
-    """
-    if name not in described_devices():
-        raise UnknownDevice(f"no description of a device {name!r}: there is {', '.join(described_devices())}")
-    if not _plugin("cuda"):
-        raise UnknownDevice(
-            "compiling for a CUDA device needs its plugin: pip install --no-deps "
-            "jax-cuda13-plugin=={0} jax-cuda13-pjrt=={0}".format(importlib.metadata.version("jaxlib"))
-        )
-    if not jax.config.jax_platforms:
-        # Otherwise the plugin looks for the CUDA libraries, which compiling does without.
-        jax.config.update("jax_platforms", "cpu")
-    text = (_DESCRIPTIONS / f"{name}.txtpb").read_text()
-    try:
-        topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=text)
-    except (RuntimeError, ValueError) as error:
-        raise UnknownDevice(f"the CUDA plugin can't compile for {name} ({error}); is JAX_PLATFORMS=cpu set?") from error
-    device: jax.Device = topology.devices[0]
-    return device

@@ -20,6 +20,7 @@ from typing import Self
 import jax
 
 from flame_jax.fke.compile import lower_program
+from flame_jax.fke.device import target_of
 from flame_jax.fke.target import Target
 
 FORMAT = 1
@@ -56,7 +57,7 @@ class Tuning:
                 lower_program(program, device).compile(compiler_options=options)
             if not file.exists():
                 raise TuningError(f"XLA measured nothing on {device.device_kind}; is XLA_FLAGS keeping it from that?")
-            return cls(Target.of(device), file.read_text())
+            return cls(target_of(device), file.read_text())
 
     def save(self, path: Path) -> None:
         """Write a JSON file."""

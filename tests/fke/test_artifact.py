@@ -16,6 +16,7 @@ import safetensors.numpy
 
 from flame_jax.fke.artifact import Artifact, ArtifactError
 from flame_jax.fke.build import tensor_bytes
+from flame_jax.fke.device import target_of
 from flame_jax.fke.manifest import BuiltExecutable, FileEntry, Manifest, executable_name, portable_name
 from flame_jax.fke.target import Target
 from flame_jax.vocabulary import Vocabulary
@@ -77,7 +78,7 @@ def test_what_is_read_is_what_was_written(pristine: Path) -> None:
     assert artifact.vocabularies().items.keys.tolist() == sorted(tiny.ITEM_IDS.tolist())
     for bucket, payload in tiny.executables().items():
         assert artifact.read(executable_name(bucket)) == payload
-    assert manifest.target == Target.of(tiny.device())
+    assert manifest.target == target_of(tiny.device())
 
 
 def test_the_manifest_returned_is_the_one_on_disk(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from flame_jax.fke.compile import CompileCounter, deserialize
-from flame_jax.fke.target import platform_of
+from flame_jax.fke.device import platform_of
 from flame_jax.packing import Bucket, Extent
 from tests import tiny
 

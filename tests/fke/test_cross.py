@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from flame_jax.fke.artifact import Artifact, ArtifactError
+from flame_jax.fke.device import target_of
 from flame_jax.fke.engine import Engine
 from flame_jax.fke.manifest import executable_name, portable_name
 from flame_jax.fke.target import Target
@@ -114,4 +115,4 @@ def test_a_tuning_file_of_something_else_is_refused(changed: dict[str, object], 
 def test_a_tuning_file_of_junk_is_refused(junk: bytes, tmp_path: Path) -> None:
     (tmp_path / "t.json").write_bytes(junk)
     with pytest.raises(TuningError, match="can't be read"):
-        Tuning.load(tmp_path / "t.json", Target.of(tiny.device()))
+        Tuning.load(tmp_path / "t.json", target_of(tiny.device()))

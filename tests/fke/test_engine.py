@@ -16,9 +16,9 @@ import safetensors.numpy
 from flame_jax.fke import engine as module
 from flame_jax.fke.artifact import Artifact, ArtifactError
 from flame_jax.fke.compile import CompileCounter, deserialize
+from flame_jax.fke.device import target_of
 from flame_jax.fke.engine import Engine
 from flame_jax.fke.manifest import executable_name, portable_name
-from flame_jax.fke.target import Target
 from flame_jax.models.serving import rank_function
 from flame_jax.packing import Bucket, Extent, place, slot_layout
 from flame_jax.record import RecordLayout
@@ -108,7 +108,7 @@ def change(folder: Path, *keys: str, value: Any) -> None:
 
 @pytest.mark.parametrize("name", ["platform", "compute_capability", "jaxlib", "plugin"])
 def test_an_artifact_for_something_else_is_refused_by_both_sides_and_the_way_out(name: str, folder: Path) -> None:
-    here = getattr(Target.of(tiny.device()), name)
+    here = getattr(target_of(tiny.device()), name)
     change(folder, "target", name, value="other")
     line = refusal(folder)
     assert f"built for {name.replace('_', ' ')} 'other', this process has {here!r}" in line
@@ -124,7 +124,7 @@ def test_an_artifact_of_a_sibling_device_loads_with_a_warning(folder: Path, capl
 def test_executables_for_another_cpu_are_compiled_anew_and_score_the_same(
     folder: Path, engine: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
-    change(folder, "target", "cpu_features", value=[*Target.of(tiny.device()).cpu_features, "avx999", "amx9"])
+    change(folder, "target", "cpu_features", value=[*target_of(tiny.device()).cpu_features, "avx999", "amx9"])
     other = Engine(Artifact(folder), tiny.device())
     other.warm()
     assert set(other.recompiled) == set(tiny.BUCKETS)

@@ -287,6 +287,7 @@ def refusal(root: Path, store: LmdbStore, name: str, model: str = "climber", **c
                 store=store,
                 loop=loop,
                 on_fatal=lambda _: None,
+                trusted=None,
                 **{"config": CONFIG, "device": tiny.device(), **changed},
             )
     finally:

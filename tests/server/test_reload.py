@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -18,11 +17,15 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+import safetensors.numpy
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from flame_jax import client as command_line
 from flame_jax.client import RankingClient
+from flame_jax.fke.artifact import Artifact
+from flame_jax.fke.signing import SigningKey, write_key_pair
+from flame_jax.fke.writer import sign_artifact
 from flame_jax.model_control import ModelControlClient
 from flame_jax.server.errors import Fault
 from flame_jax.server.proto import control_pb2
@@ -167,7 +170,7 @@ def test_bad_and_incomplete_versions_are_passed_over_until_they_are_good(
         assert statuses(control) == {"30": "bad", "20": "bad", "10": "active", "9": "available"}
         log = server.log.read_text()
         assert log.count("version 20 is bad: ") == log.count("version 30 is bad: ") == 1
-        assert "vocabulary.npy does not match its hash" in log
+        assert "20 is damaged: vocabulary.npy has" in log
         assert "is version '7', not '30'" in log
         assert server.metric("flame_bad_versions_total") == 2
         with RankingClient(server.target) as client:
@@ -311,12 +314,17 @@ def test_commands_answer_with_the_state_or_one_reason(
     assert "UNAVAILABLE" in error("list")
 
 
+def slow(artifact: Path) -> None:
+    """Give an artifact a golden set that takes seconds to replay."""
+    golden = dict(Artifact(artifact).tensors("golden.safetensors"))
+    requests = len(golden) // 2
+    many = {f"{part}.{i}": golden[f"{part}.{i % requests}"] for part in ("record", "scores") for i in range(1500)}
+    forge(artifact, "golden.safetensors", safetensors.numpy.save(many))
+
+
 def test_loads_at_once_take_turns_and_go_on_without_their_callers(generations: Generations, tmp_path: Path) -> None:
     with repository(generations, tmp_path, {"1": 0, "2": 1, "3": 0, "4": 1}) as (server, folder, control):
-        blocked = folder / "2" / "weights.safetensors"
-        right = blocked.read_bytes()
-        blocked.unlink()
-        os.mkfifo(blocked)
+        slow(folder / "2")
         with grpc.insecure_channel(server.about["admin"]) as channel, ThreadPoolExecutor(3) as pool:
             message = control_pb2.LoadRequest(version="2").SerializeToString()
             with refused(grpc.StatusCode.DEADLINE_EXCEEDED, ""):
@@ -325,7 +333,6 @@ def test_loads_at_once_take_turns_and_go_on_without_their_callers(generations: G
             time.sleep(0.5)
             assert statuses(control)["4"] == "active", "the first one still loads"
             assert not any(each.done() for each in later)
-            blocked.write_bytes(right)
             for each in later:
                 each.result(60)
         log = server.log.read_text()
@@ -338,8 +345,7 @@ def test_loads_at_once_take_turns_and_go_on_without_their_callers(generations: G
 def test_sigterm_during_a_load_ends_the_process_at_once(generations: Generations, tmp_path: Path, when: str) -> None:
     with repository(generations, tmp_path, {"1": 0}) as (server, folder, _):
         publish(generations[0].artifact, tmp_path / "2")
-        (tmp_path / "2" / "weights.safetensors").unlink()
-        os.mkfifo(tmp_path / "2" / "weights.safetensors")
+        slow(tmp_path / "2")
         (tmp_path / "2").rename(folder / "2")
         if when == "reload":
             until(lambda: "loading version 2" in server.log.read_text())
@@ -399,7 +405,7 @@ def test_a_start_that_cannot_serve_names_each_version_and_why(generations: Gener
     (folder / "2" / "manifest.json").write_text("{}")
     line = fails(flags)
     assert "no version of model tiny can be served: 2: artifact" in line
-    assert "is not of format" in line
+    assert "has format None" in line
     assert "; 1: artifact" in line
     assert "has no version '3'; it has 2, 1" in fails([*flags, "--server.version", "3"])
 
@@ -409,3 +415,38 @@ def test_a_taken_admin_port_ends_the_start(generations: Generations) -> None:
         port = holder.getsockname()[1]
         line = fails([*generations[0].flags(), *FREE, "--server.admin_port", str(port)])
         assert f"admin port 127.0.0.1:{port} can't be bound" in line
+
+
+def test_with_trusted_keys_only_signed_versions_are_served(
+    generations: Generations, oracle: Oracle, tmp_path: Path
+) -> None:
+    write_key_pair(tmp_path / "key")
+    write_key_pair(tmp_path / "stranger")
+    trusted = json.dumps([str(tmp_path / "key.pub")])
+    publish(generations[0].artifact, tmp_path / "1")
+    assert "is not signed" in fails([*generations[0].flags(), *FREE, "--server.trusted_keys", trusted])
+    flags = ["--server.trusted_keys", trusted]
+    for name, key in (("2", "stranger"), ("3", "key")):
+        publish(generations[1].artifact, tmp_path / name)
+        sign_artifact(tmp_path / name, SigningKey(tmp_path / key))
+    sign_artifact(tmp_path / "1", SigningKey(tmp_path / "key"))
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    (tmp_path / "1").rename(tmp_path / "models" / "tiny" / "1")
+    repository_flags = ["--server.models_dir", str(tmp_path / "models"), "--server.poll_seconds", "0.1"]
+    with (
+        serving(generations[0], tmp_path / "log", *flags, *repository_flags) as server,
+        RankingClient(server.target) as client,
+    ):
+        assert "server.trusted_keys is empty" not in server.log.read_text()
+        (tmp_path / "2").rename(tmp_path / "models" / "tiny" / "2")
+        until(lambda: server.metric("flame_bad_versions_total") == 1)
+        assert "not signed by the holder of one of server.trusted_keys" in server.log.read_text()
+        assert oracle.check(client, "u3", {"1": 0}) == "1"
+        (tmp_path / "3").rename(tmp_path / "models" / "tiny" / "3")
+        until(lambda: oracle.check(client, "u3", {"1": 0, "3": 1}) == "3")
+        assert server.metric("flame_recompiled_buckets") == 0
+        assert 0 <= server.metric("flame_golden_difference", version="3") < 1e-4
+
+
+def test_without_trusted_keys_the_log_warns(server: Server) -> None:
+    assert server.log.read_text().count("server.trusted_keys is empty") == 1

@@ -8,15 +8,16 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from flame_jax.fke import target as module
-from flame_jax.fke.target import Target, UnknownDevice, cpu_features, described_device, described_devices
+from flame_jax.fke import device as module
+from flame_jax.fke.device import UnknownDevice, cpu_features, described_device, described_devices, target_of
+from flame_jax.fke.target import Target
 from tests import tiny
 
 H100 = Target("cuda", "NVIDIA H100 80GB HBM3", "9.0", "0.11.2", "jax-cuda13-pjrt 0.11.2")
 
 
 def test_this_machine_is_described_by_what_it_is() -> None:
-    here = Target.of(tiny.device())
+    here = target_of(tiny.device())
     assert here.platform == "cpu"
     assert here.compute_capability == here.plugin == ""
     assert here.jaxlib == importlib.metadata.version("jaxlib")
