@@ -179,14 +179,20 @@ def test_a_version_whose_dispatcher_dies_is_left_at_once(root: Path, store: Lmdb
     async def test(desk: Desk) -> None:
         await desk.reloader.load("2")
         assert await desk.rank() == "INTERNAL"
-        assert await desk.rank() == "1"
+        await left(desk)
         assert desk.dead == 0
         await desk.drained()
         await desk.reloader.split("2", 1.0)
         assert await desk.rank() == "INTERNAL"
-        assert await desk.rank() == "1"
+        await left(desk)
         assert desk.models.canary is None
         await desk.drained()
+
+    async def left(desk: Desk) -> None:
+        # A call may still come between the thread's death and the event loop's hearing of it.
+        while (answer := await desk.rank()) == "OVERLOADED":
+            await asyncio.sleep(0)
+        assert answer == "1"
 
     run(root, store, test, v2=raising(Death()))
 

@@ -132,6 +132,9 @@ def test_two_shares_route_their_users() -> None:
         users = [f"u{n}" for n in range(500)]
         first = [desk.models.route("", user).version for user in users]
         assert first == ["2" if user_step(user) < 3000 else "1" for user in users]
+        for share, version in ((0.4291, "1"), (0.4292, "2")):  # u3 has step 4291
+            await desk.reloader.split("2", share)
+            assert desk.models.route("", "u3").version == version
         await desk.reloader.split("2", 1.0)
         assert {desk.models.route("", user).version for user in users} == {"2"}
 

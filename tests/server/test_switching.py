@@ -248,9 +248,21 @@ def test_a_dead_dispatcher_ends_its_version_and_only_without_another_the_process
 def test_no_more_than_two_versions_are_loaded_at_once() -> None:
     async def test(desk: Desk) -> None:
         for command in (desk.reloader.load("2"), desk.reloader.split("3", 0.5), desk.reloader.load("4")):
-            await command
+            desk.shelf.gate.clear()
+            loading = asyncio.create_task(command)
+            await settle()
+            assert len(desk.roles()) == 1, "what was there makes room"
+            desk.shelf.gate.set()
+            await loading
             assert len(desk.roles()) == 2
         assert desk.roles() == {"4": "active", "2": "standby"}
+        await desk.reloader.split("3", 0.5)
+        desk.shelf.gate.clear()
+        rolling = asyncio.create_task(desk.reloader.rollback())
+        await settle()
+        assert desk.roles() == {"4": "active"}
+        desk.shelf.gate.set()
+        await rolling
 
     run(["1", "2", "3", "4"], test, version="1")
 
