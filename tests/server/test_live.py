@@ -98,6 +98,7 @@ class Desk:
             model,
             config=CONFIG,
             store=self._store,
+            trusted=None,
             device=tiny.device(),
             loop=self._loop,
             on_fatal=lambda live: self.reloader.died(live),
