@@ -61,10 +61,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     two.add_argument("--commit", help="commit of this checkout, for the result file")
     for sub in (one, two):
         sub.add_argument("--work", required=True, metavar="DIR", help="folder of the artifacts")
-    args = parser.parse_args(argv)
+    args, settings = parser.parse_known_args(argv)
     if args.command == "build":
         for file in args.config:
-            build_untrained(file, args)
+            build_untrained(file, settings, args)
     else:
         command = shlex.join(["python", "-m", "bench.artifacts", *(sys.argv[1:] if argv is None else argv)])
         results = describe(command, args.commit) | {"models": {}}
@@ -88,9 +88,9 @@ def untrained(config: Config, items: int = ITEMS) -> Checkpoint:
     return Checkpoint(0, config.model, config.schema, Vocabularies(vocabulary, features), weights, [])
 
 
-def build_untrained(file: str, args: argparse.Namespace) -> None:
-    """Cross-build one configuration's artifact."""
-    config = load(["--config", file], prog="bench.artifacts")
+def build_untrained(file: str, settings: list[str], args: argparse.Namespace) -> None:
+    """Cross-build one configuration's artifact, with other settings as flags."""
+    config = load(["--config", file, *settings], prog="bench.artifacts")
     device = described_device(args.device_kind)
     path = str(Path(args.work) / config.model.name)
     config = replace(config, export=replace(config.export, artifact=path))
