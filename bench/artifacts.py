@@ -68,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         command = shlex.join(["python", "-m", "bench.artifacts", *(sys.argv[1:] if argv is None else argv)])
         results = describe(command, args.commit) | {"models": {}}
+        Path(args.out).mkdir(parents=True, exist_ok=True)
         for path in sorted(Path(args.work).iterdir()):
             results["models"][path.name] = measure(path, Path(args.scratch))
             Path(args.out, "artifacts.json").write_text(json.dumps(results, indent=1) + "\n")

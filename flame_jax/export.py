@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 # XLA logs a line per kernel that a tuning file lacks; what is missing is told by `tuning` in the manifest.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -17,9 +18,10 @@ import jax
 from tqdm import tqdm
 
 from flame_jax.commandline import load, refuse
-from flame_jax.config import Config
+from flame_jax.config import Config, ExportConfig
 from flame_jax.fke.artifact import Artifact, ArtifactError
 from flame_jax.fke.build import Builder, build, rebuild
+from flame_jax.fke.compile import PLATFORMS
 from flame_jax.fke.device import described_device, described_devices, platform_of, target_of
 from flame_jax.fke.manifest import Manifest, portable_name
 from flame_jax.fke.report import columns, describe, table
@@ -41,6 +43,7 @@ SHORT = {
     "--jobs": "--export.jobs",
 }
 """Settings of `build` that have a short name."""
+TRUSTED_KEY = "public key whose holder must have signed it; may be given more than once"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -56,21 +59,47 @@ def main(argv: Sequence[str] | None = None) -> None:
         COMMANDS[args[0]](args[1:])
     except (ArtifactError, CheckpointError, ValueError, OSError) as error:
         refuse(PROG, str(error), status=1)
+    except KeyboardInterrupt:
+        refuse(PROG, "interrupted; nothing was written", status=130)
 
 
 def _build(args: list[str]) -> None:
     """make an artifact of a checkpoint, or of another artifact (--from) for another machine"""
-    prog = f"{PROG} build"
-    source = _take(args, "--from", prog)
-    config = load([_long(a) for a in args], prog=prog, about=_build_help())
-    if source is not None:
-        # The configuration's place is the source's more often than not, so it has to be said.
-        if not any(a.partition("=")[0] in ("--out", "--export.artifact") for a in args):
-            refuse(prog, "--from needs --out DIR")
-        manifest = rebuild(Artifact(source), Path(config.export.artifact), make_builder(config))
-    else:
-        manifest = export(config, make_builder(config))
-    print(f"wrote {config.export.artifact}: {_title(manifest)}")
+    if any(arg.partition("=")[0] == "--from" for arg in args):
+        _rebuild(args)
+        return
+    config = load([_long(a) for a in args], prog=f"{PROG} build", about=_build_help())
+    _say_built(config.export.artifact, export(config, make_builder(config.export)))
+
+
+def _rebuild(args: list[str]) -> None:
+    """Everything but the target is the other artifact's, so no configuration is read."""
+    parser = _parser("build", "Compile another artifact's portable programs; all else is taken over.")
+    parser.add_argument("--from", dest="source", required=True, metavar="DIR")
+    parser.add_argument("--out", required=True, metavar="DIR")
+    parser.add_argument("--platform", choices=PLATFORMS, default="")
+    for name in ("--device-kind", "--tuned", "--key"):
+        parser.add_argument(name, default="")
+    parser.add_argument("--jobs", type=int, default=0)
+    parser.add_argument("--trusted-key", action="append", metavar="FILE", help=TRUSTED_KEY)
+    parsed = parser.parse_args(args)
+    source = Artifact(parsed.source, _trusted(parsed.trusted_key))
+    if source.signed and parsed.key and not parsed.trusted_key:
+        parser.error("the source is signed: name its --trusted-key, or --key would vouch for what nobody has checked")
+    settings = ExportConfig(
+        platform=parsed.platform,
+        device_kind=parsed.device_kind,
+        tuned=parsed.tuned,
+        signing_key=parsed.key,
+        jobs=parsed.jobs,
+    )
+    _say_built(parsed.out, rebuild(source, Path(parsed.out), make_builder(settings)))
+    if source.signed and not parsed.key:
+        print(f"{parsed.out} is not signed, its source was: sign it with --key, or `export sign`", file=sys.stderr)
+
+
+def _say_built(path: str, manifest: Manifest) -> None:
+    print(f"wrote {path}: {_title(manifest)}")
     if untuned := [str(e.bucket) for e in manifest.executables if e.tuning in ("none", "partial")]:
         print(
             f"buckets {', '.join(untuned)} hold kernels chosen without measuring: run `export tune` on the device, "
@@ -102,9 +131,9 @@ def _verify(args: list[str]) -> None:
     parser = _parser("verify", "Check every file, load, replay the golden requests alone, beside others, at offsets.")
     parser.add_argument("artifact", metavar="DIR")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--trusted-key", action="append", metavar="FILE", help="public key that must have signed it")
+    parser.add_argument("--trusted-key", action="append", metavar="FILE", help=TRUSTED_KEY)
     parsed = parser.parse_args(args)
-    artifact = Artifact(parsed.artifact, TrustedKeys(parsed.trusted_key) if parsed.trusted_key else None)
+    artifact = Artifact(parsed.artifact, _trusted(parsed.trusted_key))
     reports, tolerance = verify(artifact, jax.devices()[0]), artifact.manifest.golden_tolerance
     failed = [str(r.bucket) for r in reports if not r.passes(tolerance)]
     if parsed.json:
@@ -118,7 +147,7 @@ def _verify(args: list[str]) -> None:
                 str(r.requests),
                 str(r.placements),
                 f"{r.golden:.2g}",
-                "0 (equal bits)" if r.moved == 0 else f"{r.moved:.2g}",
+                "-" if not r.compared else "0 (equal bits)" if r.moved == 0 else f"{r.moved:.2g}",
                 "yes" if r.recompiled else "no",
             )
             for r in reports
@@ -128,7 +157,7 @@ def _verify(args: list[str]) -> None:
     if failed:
         refuse(PROG, f"buckets {', '.join(failed)} are beyond the tolerance of {tolerance:g}", status=1)
     if not parsed.json:
-        print(f"good: every file whole, every score within {tolerance:g}")
+        print(f"good: every file whole, every score within {tolerance:g} of the golden set's spread")
 
 
 def _tune(args: list[str]) -> None:
@@ -138,6 +167,8 @@ def _tune(args: list[str]) -> None:
     parser.add_argument("--out", required=True, metavar="FILE", help="takes the choices, for `build --tuned FILE`")
     parsed = parser.parse_args(args)
     artifact, device = Artifact(parsed.artifact), jax.devices()[0]
+    if not os.access(Path(parsed.out).parent, os.W_OK):
+        refuse(PROG, f"{parsed.out} can't be written there", status=1)
     if platform_of(device) != "cuda":
         refuse(PROG, f"tuning needs a CUDA device, this machine has {device.device_kind}", status=1)
     buckets = tqdm(artifact.manifest.buckets, desc="tune", unit="bucket")
@@ -192,9 +223,8 @@ def export(config: Config, builder: Builder) -> Manifest:
     return build(config, replace(checkpoint, model=config.model), builder)
 
 
-def make_builder(config: Config) -> Builder:
-    """What the configuration's `export` section asks for. Raises ValueError where it can't be had."""
-    settings = config.export
+def make_builder(settings: ExportConfig) -> Builder:
+    """What an `export` section asks for. Raises ValueError where it can't be had."""
     device = _device(settings.platform, settings.device_kind)
     return Builder(
         device,
@@ -223,25 +253,17 @@ def _device(platform: str, kind: str) -> jax.Device:
         ) from None
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        refuse(self.prog, message)
+
+
 def _parser(command: str, about: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(prog=f"{PROG} {command}", description=about, allow_abbrev=False)
+    return _Parser(prog=f"{PROG} {command}", description=about, allow_abbrev=False)
 
 
-def _take(args: list[str], flag: str, prog: str) -> str | None:
-    """Remove a flag that is no setting, with its value, and return the value."""
-    for at, arg in enumerate(args):
-        name, equals, value = arg.partition("=")
-        if name != flag:
-            continue
-        if equals:
-            del args[at]
-        elif at + 1 < len(args):
-            value = args.pop(at + 1)
-            del args[at]
-        if not value:
-            refuse(prog, f"{flag} has no value")
-        return value
-    return None
+def _trusted(files: list[str] | None) -> TrustedKeys | None:
+    return TrustedKeys(files) if files else None
 
 
 def _long(arg: str) -> str:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 
 import jax
@@ -16,8 +17,8 @@ import pytest
 from flame_jax import export as module
 from flame_jax.config import Config
 from flame_jax.export import main
-from flame_jax.fke.artifact import Artifact
-from flame_jax.fke.build import Builder, build
+from flame_jax.fke.artifact import Artifact, ArtifactError
+from flame_jax.fke.build import Builder, Built, build
 from flame_jax.fke.device import target_of
 from flame_jax.fke.engine import Engine
 from flame_jax.fke.manifest import executable_name, portable_name
@@ -172,7 +173,7 @@ def test_a_place_that_cannot_be_written_ends_with_one_line(
     saved: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("in the way")
-    monkeypatch.setattr(Builder, "compile", lambda self, programs: dict.fromkeys(programs, (b"stands in", 1.0, 2, "")))
+    monkeypatch.setattr(Builder, "compile", lambda self, programs: dict.fromkeys(programs, Built(b"", 1.0, 2, "")))
     settings = dataclasses.replace(saved.export, artifact=str(tmp_path / "file" / "artifact"))
     assert "file" in refusal(dataclasses.replace(saved, export=settings), tmp_path, capsys)
 
@@ -182,9 +183,11 @@ def test_one_bucket_given_twice_is_compiled_once(
 ) -> None:
     compiled: list[Bucket] = []
 
-    def compile_all(self: Builder, programs: dict[Bucket, bytes]) -> dict[Bucket, tuple[bytes, float, int, str]]:
+    real = Builder.compile
+
+    def compile_all(self: Builder, programs: dict[Bucket, bytes]) -> dict[Bucket, Built]:
         compiled.extend(programs)
-        return dict.fromkeys(programs, (b"stands in for an executable", 1.0, 2, ""))
+        return real(self, programs)
 
     monkeypatch.setattr(Builder, "compile", compile_all)
     settings = dataclasses.replace(saved.export, buckets=((64, 32), (32, 16), (64, 32)))
@@ -272,6 +275,66 @@ def test_keys_are_made_once_sign_and_are_asked_for(
     assert f"{key} can't be read" in fails(capsys, "verify", path, "--trusted-key", key)
 
 
+def test_a_signed_source_is_not_signed_again_unless_its_signature_was_checked(
+    exported: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key, source, out = str(tmp_path / "key"), str(tmp_path / "source"), str(tmp_path / "out")
+    shutil.copytree(exported.export.artifact, source)
+    run(capsys, "keygen", key)
+    run(capsys, "sign", source, "--key", key)
+    rebuild = ["build", "--from", source, "--out", out]
+    assert "--trusted-key" in fails(capsys, *rebuild, "--key", key)
+    run(capsys, *rebuild, "--key", key, "--trusted-key", f"{key}.pub")
+    run(capsys, "verify", out, "--trusted-key", f"{key}.pub")
+    capsys.readouterr()
+    main(rebuild)
+    assert "is not signed, its source was" in capsys.readouterr().err
+    (Path(source) / "manifest.json").write_text((Path(source) / "manifest.json").read_text().replace("7", "8", 1))
+    assert "not signed by" in fails(capsys, *rebuild, "--trusted-key", f"{key}.pub")
+
+
+@pytest.mark.parametrize(("spoil", "said"), [("moved", "beyond the tolerance"), ("golden", "spread off")])
+def test_verify_fails_what_is_not_invariant_or_not_golden(
+    spoil: str, said: str, exported: Config, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = Engine.run, count()
+
+    def wrong(self: Engine, bucket: Bucket, words: np.ndarray) -> np.ndarray:
+        scores, number = real(self, bucket, words), next(calls)
+        return scores * np.float32(0.8) if spoil == "golden" or number % 2 else scores
+
+    monkeypatch.setattr(Engine, "run", wrong)
+    if spoil == "moved":
+        monkeypatch.setattr(Engine, "warm", lambda self: None)
+    assert said in fails(capsys, "verify", exported.export.artifact)
+
+
+def test_a_build_whose_executables_score_wrongly_is_not_put_in_place(
+    saved: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.save_artifact(Path(saved.export.artifact))
+    before = Artifact(saved.export.artifact).digest
+    real = Engine.run
+    monkeypatch.setattr(Engine, "run", lambda self, bucket, words: real(self, bucket, words) * np.float32(0.5))
+    with pytest.raises(ArtifactError, match="spread off"):
+        build(saved, load_checkpoint(saved.train.checkpoint), tiny.builder())
+    assert Artifact(saved.export.artifact).digest == before
+
+
+def test_ctrl_c_ends_a_build_with_one_line_and_leaves_nothing(
+    saved: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flame_jax.fke.build.lower_program", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main(["build", "--config", tiny.write_config(saved, tmp_path / "config.yaml")])
+    assert ended.value.code == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert not Path(saved.export.artifact).exists()
+
+
 def test_build_from_another_artifact_keeps_everything_but_the_executables(
     exported: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -300,8 +363,11 @@ def test_an_artifact_can_be_rebuilt_after_its_executables_are_lost(
     [
         ([], "name a command"),
         (["bild"], "name a command"),
-        (["build", "--from"], "--from has no value"),
-        (["build", "--from", "x"], "--from needs --out"),
+        (["build", "--from"], "argument --from"),
+        (["build", "--from", "x"], "required: --out"),
+        (["build", "--from", "x", "--out", "y", "--export.version", "9"], "unrecognized arguments: --export.version"),
+        (["verify"], "required: DIR"),
+        (["sign", "x"], "required: --key"),
         (["build", "--from", "/none", "--out", "y"], "no artifact at /none"),
         (["build", "--platform", "tpu"], "export.platform"),
         (["build", "--platform", "cuda"], "no cuda device"),

@@ -2,7 +2,8 @@
 executable.
 
 Nothing is parsed before it is proven: the manifest by its signature where keys are trusted, every other file by the
-manifest's hash. The bytes that were hashed are those that are parsed. Files are opened below the folder that was
+manifest's hash. The bytes that were hashed are those that are parsed; only an item table for host memory is hashed and
+then mapped, so that it must not be changed while it is served. Files are opened below the folder that was
 opened first, so that another folder moved into its place, or a link out of it, is never read.
 """
 
@@ -27,6 +28,7 @@ from flame_jax.fke.manifest import (
     SIGNATURE,
     WEIGHTS,
     Manifest,
+    executable_name,
     vocabulary_name,
 )
 from flame_jax.fke.signing import TrustedKeys
@@ -88,11 +90,11 @@ class Artifact:
                 signature = file.read(1024)
         except OSError:
             raise ArtifactError(
-                f"artifact {self.path} is not signed, and server.trusted_keys is set; "
+                f"artifact {self.path} is not signed, and trusted keys are set; "
                 "`python -m flame_jax.export sign` signs it"
             ) from None
         if trusted.signer(text, signature) is None:
-            raise ArtifactError(f"artifact {self.path} is not signed by the holder of one of server.trusted_keys")
+            raise ArtifactError(f"artifact {self.path} is not signed by the holder of a trusted key")
 
     def _parse(self, text: bytes) -> Manifest:
         try:
@@ -107,7 +109,7 @@ class Artifact:
             )
         try:
             return Manifest.from_json(data)
-        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        except (ValueError, OverflowError) as error:
             raise ArtifactError(f"artifact {self.path} has a bad {MANIFEST}: {error}") from error
 
     @property
@@ -150,6 +152,8 @@ class Artifact:
                 data = file.read()
             except OSError as error:
                 raise ArtifactError(f"artifact {self.path} has an unreadable {name}: {error.strerror}") from error
+            except MemoryError:
+                raise ArtifactError(f"artifact {self.path}: {name} is larger than this machine's memory") from None
         if hashlib.sha256(data).hexdigest() != self.manifest.files[name].sha256:
             raise ArtifactError(f"artifact {self.path} is damaged: {name} does not match its hash")
         return data
@@ -176,19 +180,27 @@ class Artifact:
         if not words:
             return None
         with self._open_listed(ITEM_TABLE) as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != self.manifest.files[ITEM_TABLE].sha256:
-                raise ArtifactError(f"artifact {self.path} is damaged: {ITEM_TABLE} does not match its hash")
+            self._check_hash(file, ITEM_TABLE)
             file.seek(0)
             try:
                 np.lib.format.read_magic(file)
                 shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-            except ValueError as error:
-                raise ArtifactError(f"artifact {self.path} has an unreadable {ITEM_TABLE}: {error}") from error
+            except Exception as error:  # NumPy raises half a dozen kinds on damaged bytes
+                raise ArtifactError(f"artifact {self.path} has an unreadable {ITEM_TABLE}") from error
             if dtype != np.int32 or shape != (rows, words) or fortran:
                 raise ArtifactError(f"artifact {self.path}: {ITEM_TABLE} is {dtype}{list(shape)}")
             if os.fstat(file.fileno()).st_size != file.tell() + 4 * rows * words:
                 raise ArtifactError(f"artifact {self.path} has an unreadable {ITEM_TABLE}: it is cut off")
             return np.memmap(file, np.int32, "r", file.tell(), shape)
+
+    def check(self, name: str) -> None:
+        """Compare one file with its hash, without holding it in memory. Raises ArtifactError."""
+        with self._open_listed(name) as file:
+            self._check_hash(file, name)
+
+    def _check_hash(self, file: BufferedReader, name: str) -> None:
+        if hashlib.file_digest(file, "sha256").hexdigest() != self.manifest.files[name].sha256:
+            raise ArtifactError(f"artifact {self.path} is damaged: {name} does not match its hash")
 
     def vocabularies(self) -> Vocabularies:
         """The vocabularies of items and of every id feature."""
@@ -207,8 +219,8 @@ class Artifact:
 
     def content(self) -> dict[str, bytes | np.ndarray]:
         """Every file that does not depend on the target, by name, as `write_artifact` takes them."""
-        names = {vocabulary_name(), *map(vocabulary_name, self.manifest.schema.id_features)}
-        names |= {n for n in self.manifest.files if not n.endswith(".executable") and n != ITEM_TABLE}
+        executables = {executable_name(bucket) for bucket in self.manifest.buckets}
+        names = self.manifest.file_names() - executables - {ITEM_TABLE}
         files: dict[str, bytes | np.ndarray] = {name: self.read(name) for name in sorted(names)}
         if (table := self.item_table(self.vocabularies().items.rows)) is not None:
             files[ITEM_TABLE] = table

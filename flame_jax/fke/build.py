@@ -7,11 +7,12 @@ import os
 import tempfile
 import time
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from io import BytesIO
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -20,19 +21,22 @@ from jaxlib import _jax
 from tqdm import tqdm
 
 from flame_jax import __version__
-from flame_jax.config import Config, ModelConfig
+from flame_jax.config import Config
 from flame_jax.fke.artifact import Artifact
 from flame_jax.fke.buckets import make_ladder
 from flame_jax.fke.compile import PLATFORMS, lower_program, portable_program, serialize
 from flame_jax.fke.device import target_of
+from flame_jax.fke.engine import Engine
 from flame_jax.fke.golden import Golden, Packer, golden_records, reference_bucket, score_each
 from flame_jax.fke.manifest import (
     GOLDEN,
     ITEM_TABLE,
     WEIGHTS,
     BuiltExecutable,
+    Choices,
     Manifest,
     executable_name,
+    golden_tolerance,
     portable_name,
     vocabulary_name,
 )
@@ -80,47 +84,60 @@ class Builder:
         """Whether the device is in this machine."""
         return not isinstance(self.device.client, _jax.CompileOnlyPyClient)
 
-    def compile(self, programs: Mapping[Bucket, bytes]) -> dict[Bucket, tuple[bytes, float, int, str]]:
-        """Compile portable programs: payload, seconds, temporary bytes and tuning per bucket.
+    def compile(self, programs: Mapping[Bucket, bytes]) -> dict[Bucket, Built]:
+        """Compile portable programs.
 
         Lowering is Python and goes one by one; XLA's compilation leaves the interpreter, so it goes in threads.
         """
         target = target_of(self.device)
         measures = target.platform == "cuda" and self.present and self.tuning is None
         jobs = self.jobs or (1 if measures else os.cpu_count() or 1)
-        built: dict[Bucket, tuple[bytes, float, int, str]] = {}
-        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
+        built: dict[Bucket, Built] = {}
+        with tempfile.TemporaryDirectory() as folder:
             file = results_file(self.tuning, Path(folder))
 
-            def work(lowered: jax.stages.Lowered) -> tuple[bytes, float, int, str]:
+            def work(lowered: jax.stages.Lowered) -> Built:
                 started = time.perf_counter()
                 compiled, tuning = compile_tuned(lowered, target, present=self.present, file=file)
                 seconds = time.perf_counter() - started
-                return serialize(compiled), seconds, _temp_bytes(compiled), tuning
+                return Built(serialize(compiled), seconds, _temp_bytes(compiled), tuning)
 
-            # The costliest first, so that the last to finish is a small one.
-            waiting: dict[Bucket, Future[tuple[bytes, float, int, str]]] = {
-                bucket: pool.submit(work, lower_program(programs[bucket], self.device))
-                for bucket in sorted(programs, reverse=True)
-            }
-            with tqdm(total=len(waiting), desc="compile", unit="bucket", disable=not self.progress) as bar:
-                for bucket, future in waiting.items():
-                    built[bucket] = future.result()
-                    bar.set_postfix_str(f"{bucket} {built[bucket][1]:.1f} s")
-                    bar.update()
+            pool = ThreadPoolExecutor(jobs)
+            try:
+                # The costliest first, so that the last to finish is a small one.
+                waiting = {
+                    bucket: pool.submit(work, lower_program(programs[bucket], self.device))
+                    for bucket in sorted(programs, reverse=True)
+                }
+                with tqdm(total=len(waiting), desc="compile", unit="bucket", disable=not self.progress) as bar:
+                    for bucket, future in waiting.items():
+                        built[bucket] = future.result()
+                        bar.set_postfix_str(f"{bucket} {built[bucket].seconds:.1f} s")
+                        bar.update()
+            finally:
+                # When one has failed, or on Ctrl-C, those that have not begun do not begin.
+                pool.shutdown(cancel_futures=True)
         return built
+
+
+class Built(NamedTuple):
+    """One bucket, compiled: the executable's bytes, and what `BuiltExecutable` says of it."""
+
+    payload: bytes
+    seconds: float
+    temp_bytes: int
+    tuning: Choices
 
 
 def build(config: Config, checkpoint: Checkpoint, builder: Builder) -> Manifest:
     """Build an artifact of a checkpoint at `config.export.artifact`.
 
     Raises:
-        ValueError: the ladder or the weights don't fit the model.
-        ArtifactError: something that is no artifact is at that place.
+        ValueError: the ladder or the weights don't fit the model, or its scores are no numbers.
+        ArtifactError: something that is no artifact is at that place, or the executables don't score as they must.
         OSError: it can't be written.
     """
-    path = Path(config.export.artifact)
-    check_place(path)
+    path = check_place(Path(config.export.artifact))
     model, schema = checkpoint.model, checkpoint.schema
     ladder = make_ladder(config.export.buckets, schema, config.layout)
     rows = checkpoint.vocabularies.items.rows
@@ -136,6 +153,7 @@ def build(config: Config, checkpoint: Checkpoint, builder: Builder) -> Manifest:
     packer = Packer(model, schema, config.layout, RecordLayout(schema, item_table))
     records = golden_records(schema, checkpoint.vocabularies, config.layout, ladder)
     golden = Golden(records, _reference_scores(packer, records, weights, rows, config.export.matmul_precision))
+    golden.check()
     files: dict[str, bytes | np.ndarray] = {
         WEIGHTS: tensor_bytes(weights),
         GOLDEN: tensor_bytes(golden.tensors()),
@@ -170,7 +188,7 @@ def rebuild(artifact: Artifact, path: Path, builder: Builder) -> Manifest:
         ValueError: its programs can't be compiled for the builder's device.
         OSError: it can't be written.
     """
-    check_place(path)
+    path = check_place(path)
     manifest, files = artifact.manifest, artifact.content()
     programs = {bucket: artifact.read(portable_name(bucket)) for bucket in manifest.buckets}
     return _finish(path, manifest, files, programs, builder)
@@ -191,22 +209,17 @@ def _finish(
         versions={"flame-jax": __version__} | {name: importlib.metadata.version(name) for name in _PACKAGES},
         target=target_of(builder.device),
         executables=tuple(
-            BuiltExecutable(bucket, flops[bucket], temporary, round(seconds, 3), tuning)
-            for bucket, (_, seconds, temporary, tuning) in sorted(built.items())
+            BuiltExecutable(bucket, flops[bucket], one.temp_bytes, round(one.seconds, 3), one.tuning)
+            for bucket, one in sorted(built.items())
         ),
     )
-    payloads = {executable_name(bucket): payload for bucket, (payload, *_) in built.items()}
-    return write_artifact(path, manifest, {**files, **payloads}, builder.key)
+    payloads = {executable_name(bucket): one.payload for bucket, one in built.items()}
 
+    def check(folder: Path) -> None:
+        if builder.present:
+            Engine(Artifact(folder), builder.device).warm()
 
-def golden_tolerance(model: ModelConfig, precision: str) -> float:
-    """How far the probabilities of one model lie apart between two platforms' roundings, with room to spare.
-
-    A wrong weight, row or mask moves them by far more.
-    """
-    if model.dtype == "bfloat16":
-        return 0.05
-    return 1e-3 if precision == "highest" else 0.01
+    return write_artifact(path, manifest, {**files, **payloads}, key=builder.key, check=check)
 
 
 def _reference_scores(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import BuiltinFunctionType, FunctionType, MethodType
+from typing import Any, ClassVar
 
 import jax
 import jax.export
@@ -68,16 +70,31 @@ def portable_program(
     precision: str,
     platforms: Sequence[str] = PLATFORMS,
 ) -> bytes:
-    """`rank(weights, slot)` of one bucket as StableHLO, which every later JAX can compile for `platforms`."""
+    """`rank(weights, slot)` of one bucket as StableHLO, which this JAX and later ones can compile for `platforms`.
+
+    For how much later is jax.export's promise (half a year, when this was written).
+    """
     slot = served_slot(model, schema, layout, bucket)
     weights = [
         jax.ShapeDtypeStruct(spec.shape, spec.dtype) for spec in served_specs(model, schema, vocabulary).values()
     ]
     words = jax.ShapeDtypeStruct((slot.words,), np.int32)
     function = rank_function(model, schema, layout, slot, vocabulary)
-    with jax.default_matmul_precision(precision):
+    with jax.default_matmul_precision(precision), _no_locations():
         exported = jax.export.export(jax.jit(function), platforms=tuple(platforms))(weights, words)
     return bytes(exported.serialize())
+
+
+@contextmanager
+def _no_locations() -> Iterator[None]:
+    """Inside, programs are made without the paths of this machine's source files."""
+    name = "jax_traceback_in_locations_limit"
+    before = getattr(jax.config, name)
+    jax.config.update(name, 0)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 def lower_program(program: bytes, device: jax.Device) -> jax.stages.Lowered:
@@ -94,7 +111,10 @@ def lower_program(program: bytes, device: jax.Device) -> jax.stages.Lowered:
         raise ValueError(f"a program for {', '.join(exported.platforms)} can't be compiled for {platform_of(device)}")
     sharding = jax.sharding.SingleDeviceSharding(device)
     specs = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for a in exported.in_avals]
-    return jax.jit(exported.call).lower(specs[:-1], specs[-1])
+    try:
+        return jax.jit(exported.call).lower(specs[:-1], specs[-1])
+    except Exception as error:  # likewise
+        raise ValueError(f"damaged program: {type(error).__name__}") from error
 
 
 def compile_bucket(
@@ -129,19 +149,39 @@ def deserialize(payload: bytes, weights: int, device: jax.Device) -> jax.stages.
 
     Raises:
         pickle.UnpicklingError: the payload names any other class, or is damaged.
+        jax.errors.JaxRuntimeError: XLA does not take the native code.
     """
     try:
-        unpickler = _Unpickler(io.BytesIO(payload), device.client, [device])
+        unpickler = _Unpickler(io.BytesIO(payload), device)
         unloaded, info, no_kwargs = unpickler.load()
         arguments = jax.tree.unflatten(jax.tree.structure((([0] * weights, 0), {})), info)
         return jax.stages.Compiled(unloaded.load(), [], arguments, jax.tree.structure(0), no_kwargs=no_kwargs)
-    except pickle.UnpicklingError:
+    except (pickle.UnpicklingError, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:  # a damaged pickle raises nearly anything
         raise pickle.UnpicklingError(f"damaged executable: {type(error).__name__}") from error
 
 
-class _Unpickler(serialize_executable._JaxPjrtUnpickler):
+def _build(unpickler: Any) -> None:
+    """The opcode that gives an object its state."""
+    # A class or function may be named by what was allowed, and would be changed for the whole process.
+    if isinstance(unpickler.stack[-2], (type, FunctionType, BuiltinFunctionType, MethodType)):
+        raise pickle.UnpicklingError("an executable may not change a class")
+    pickle._Unpickler.load_build(unpickler)  # type: ignore[attr-defined]
+
+
+class _Unpickler(pickle._Unpickler):
+    """In Python, because the C one's opcodes can't be overridden; around the native code there is little to read."""
+
+    dispatch: ClassVar[dict[int, Any]] = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: _build}
+
+    def __init__(self, file: io.BytesIO, device: jax.Device) -> None:
+        super().__init__(file)
+        self._native = serialize_executable._JaxPjrtUnpickler(io.BytesIO(), device.client, [device])
+
+    def persistent_load(self, pid: Any) -> Any:
+        return self._native.persistent_load(pid)
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
             raise pickle.UnpicklingError(f"an executable may not name {module}.{name}")

@@ -14,11 +14,6 @@ from jax.experimental import topologies
 from flame_jax.fke.target import Target
 
 _DESCRIPTIONS = importlib.resources.files("flame_jax.fke") / "devices"
-# Instruction sets that XLA may compile for; other CPU flags say nothing of them.
-_INSTRUCTIONS = (
-    *("sse", "ssse", "avx", "amx", "fma", "f16c", "bmi", "abm", "popcnt", "movbe", "adx", "aes", "vaes", "pclmulqdq"),
-    *("vpclmulqdq", "gfni", "sha", "rdrand", "rdseed", "xsave", "asimd", "sve", "fp16", "bf16", "i8mm", "atomics"),
-)
 
 
 class UnknownDevice(ValueError):
@@ -49,12 +44,16 @@ def platform_of(device: jax.Device) -> str:
 
 @cache
 def cpu_features() -> tuple[str, ...]:
-    """This machine's architecture and the instruction sets it offers, sorted."""
+    """This machine's architecture and the flags of its CPU, sorted.
+
+    All of them: which ones XLA's code generator makes use of is not told, and its loader takes code that the CPU can't
+    run.
+    """
     found = {platform.machine()}
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         key, _, value = line.partition(":")
         if key.strip() in ("flags", "Features"):
-            found |= {flag for flag in value.split() if flag.startswith(_INSTRUCTIONS)}
+            found |= set(value.split())
             break
     return tuple(sorted(found))
 

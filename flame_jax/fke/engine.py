@@ -13,7 +13,7 @@ import numpy as np
 from flame_jax.fke.artifact import Artifact, ArtifactError
 from flame_jax.fke.compile import deserialize, lower_program
 from flame_jax.fke.device import target_of
-from flame_jax.fke.golden import Golden, Packer, difference, whole
+from flame_jax.fke.golden import Golden, Packer, whole
 from flame_jax.fke.manifest import GOLDEN, executable_name, portable_name
 from flame_jax.fke.target import Target
 from flame_jax.models.serving import check_weights, served_slot, served_specs
@@ -32,7 +32,8 @@ class Engine:
     Attributes:
         recompiled: buckets whose executable this CPU can't run and that were compiled here from their portable
             programs.
-        golden_difference: how far the probabilities of the golden set lay from the artifact's, once `warm` has run.
+        golden_difference: how far the golden set's scores lay from the artifact's, once `warm` has run; see
+            `Golden.apart`.
 
     Raises:
         ArtifactError: the artifact is damaged or was built for something else.
@@ -62,8 +63,9 @@ class Engine:
             found = pool.map(lambda bucket: self._executable(artifact, bucket, device, bool(missing)), manifest.buckets)
             self._executables = dict(zip(manifest.buckets, found, strict=True))
         for bucket, executable in self._executables.items():
-            taken = [tuple(a.shape) for a in jax.tree.leaves(executable.in_avals)]
-            if taken != [*(tuple(spec.shape) for spec in specs.values()), (self.slots[bucket].words,)]:
+            taken = [(a.shape, a.dtype) for a in jax.tree.leaves(executable.in_avals)]
+            given = [(spec.shape, spec.dtype) for spec in specs.values()]
+            if taken != [*given, ((self.slots[bucket].words,), np.int32)]:
                 raise ArtifactError(
                     f"artifact {artifact.path}: the executable of bucket {bucket} was built for other shapes"
                 )
@@ -84,7 +86,7 @@ class Engine:
             return loaded
         try:
             executable = lower_program(artifact.read(portable_name(bucket)), device).compile()
-        except ValueError as error:
+        except (ValueError, jax.errors.JaxRuntimeError) as error:
             raise ArtifactError(f"artifact {self._path}: the program of bucket {bucket}: {error}") from error
         self.recompiled.append(bucket)
         return executable
@@ -120,8 +122,8 @@ class Engine:
                 apart = self._replay(bucket, batches[number % len(batches)])
                 if not apart <= self.manifest.golden_tolerance:
                     raise ArtifactError(
-                        f"artifact {self._path}: in bucket {bucket} the golden requests' probabilities are {apart:.2g} "
-                        f"off, beyond the tolerance of {self.manifest.golden_tolerance:g}"
+                        f"artifact {self._path}: in bucket {bucket} the golden requests' scores are {apart:.2g} of "
+                        f"their spread off, beyond the tolerance of {self.manifest.golden_tolerance:g}"
                     )
                 self.golden_difference = max(self.golden_difference, apart)
 
@@ -133,7 +135,11 @@ class Engine:
         except IndexError as error:
             raise ArtifactError(f"artifact {self._path}: a golden request has a row that is not there") from error
         scores = self.run(bucket, words)
-        return max(difference(scores[r], self.golden.scores[i]) for i, r in zip(numbers, rows, strict=True))
+        if scores.shape != (bucket.candidates, len(self.manifest.schema.tasks)) or scores.dtype != np.float32:
+            raise ArtifactError(
+                f"artifact {self._path}: the executable of bucket {bucket} gives {scores.dtype}{list(scores.shape)}"
+            )
+        return max(self.golden.apart(scores[r], self.golden.scores[i]) for i, r in zip(numbers, rows, strict=True))
 
     def run(self, bucket: Bucket, words: np.ndarray) -> np.ndarray:
         """Scores float32[C_max, tasks] of one batch, waited for."""

@@ -2,13 +2,14 @@
 
 Requests are random records, drawn from what the schema and the vocabularies allow, so that a set needs no user's data.
 The scores come from the model's reference implementation, compiled for the CPU, whatever the artifact's executables
-run on.
+run on. So a set tells a wrong kernel, compilation, layout or weight; ids and vocabularies it does not see.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -21,22 +22,39 @@ from flame_jax.schema import Feature, FeatureSchema, feature_field
 from flame_jax.vocabulary import Vocabularies
 
 MAX_CANDIDATES = 128
-"""Of one golden request: enough to fill several tiles, few enough to score on the CPU."""
+"""Of one golden request, or a tile of them: enough to fill several tiles, few enough to score on the CPU."""
 
 Run = Callable[[np.ndarray], np.ndarray]
 """A slot's words int32[words] to scores float32[C_max, tasks]."""
 
 
-class Golden(NamedTuple):
+@dataclass(frozen=True)
+class Golden:
     """Requests and their scores.
 
     Attributes:
         records: see `flame_jax.record`.
-        scores: float32[candidates, tasks] each.
+        scores: float32[candidates, tasks] each, probabilities.
     """
 
     records: list[np.ndarray]
     scores: list[np.ndarray]
+
+    @cached_property
+    def spread(self) -> float:
+        """Unit of `apart`: how far the logits spread, or what rounding may do to them where they hardly do."""
+        every = np.concatenate([_logits(scores).ravel() for scores in self.scores])
+        return max(float(every.std()), 0.05 * float(np.sqrt(np.mean(every**2))), 0.01)
+
+    def apart(self, scores: np.ndarray, others: np.ndarray) -> float:
+        """Largest difference of two sets of probabilities, as logits, in units of `spread`.
+
+        As logits, because a click model's probabilities may all lie below any tolerance. Infinite where a score is
+        no number, or there are not as many.
+        """
+        if scores.shape != others.shape or not (np.isfinite(scores).all() and np.isfinite(others).all()):
+            return float("inf")
+        return float(np.abs(_logits(scores) - _logits(others)).max(initial=0.0)) / self.spread
 
     def tensors(self) -> dict[str, np.ndarray]:
         """As named arrays."""
@@ -54,12 +72,23 @@ class Golden(NamedTuple):
             raise ValueError(f"it has no {error}") from None
         if not count or len(tensors) != 2 * count:
             raise ValueError("it holds no pairs of records and scores")
-        for record, scores in zip(*golden, strict=True):
+        for record, scores in zip(golden.records, golden.scores, strict=True):
             if record.dtype != np.int32 or record.ndim != 1 or not records.is_whole(record):
                 raise ValueError("one of its records is not one of this schema")
             if scores.shape != (records.extent(record).candidates, tasks):
                 raise ValueError("one of its scores does not fit its record")
+        golden.check()
         return golden
+
+    def check(self) -> None:
+        """Raise ValueError where a score is no probability."""
+        if not all(np.isfinite(s).all() and (s >= 0).all() and (s <= 1).all() for s in self.scores):
+            raise ValueError("the model's scores of random requests are no probabilities")
+
+
+def _logits(probabilities: np.ndarray) -> np.ndarray:
+    p = np.clip(probabilities.astype(np.float64), 1e-30, 1 - 2.0**-24)
+    return np.asarray(np.log(p) - np.log1p(-p))
 
 
 def golden_records(
@@ -168,9 +197,3 @@ def reference_bucket(schema: FeatureSchema, layout: Layout) -> Bucket:
     """The smallest bucket that holds any golden request."""
     candidates = layout.aligned(MAX_CANDIDATES)
     return Bucket(layout.aligned(schema.history_rows) + candidates, candidates)
-
-
-def difference(scores: np.ndarray, expected: np.ndarray) -> float:
-    """Largest absolute difference of two sets of probabilities; infinite where one is not finite."""
-    apart = float(np.abs(scores.astype(np.float64) - expected).max(initial=0.0))
-    return apart if np.isfinite(scores).all() and np.isfinite(expected).all() else float("inf")

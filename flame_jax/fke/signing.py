@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import binascii
+import errno
 import os
 from base64 import b64decode, b64encode
 from collections.abc import Iterable
@@ -34,6 +35,8 @@ def write_key_pair(private: Path) -> Path:
         OSError: there is a file already, or none can be written.
     """
     key, public = Ed25519PrivateKey.generate(), private.with_name(private.name + ".pub")
+    if public.exists():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(public))
     with os.fdopen(os.open(private, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
     with public.open("xb") as file:

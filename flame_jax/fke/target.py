@@ -15,7 +15,7 @@ class Target:
         compute_capability: of a CUDA device, `9.0` for an H100; empty elsewhere.
         jaxlib: version.
         plugin: the PJRT plugin's distribution and version; empty on the CPU, which jaxlib itself runs.
-        cpu_features: instruction sets of the CPU that was built on, of an executable for the CPU.
+        cpu_features: flags of the CPU that was built on, of an executable for the CPU.
     """
 
     platform: str
@@ -34,5 +34,5 @@ class Target:
         return None
 
     def missing_features(self, here: Target) -> list[str]:
-        """Instruction sets that executables for this target may use and that the CPU `here` lacks."""
+        """Flags of the CPU that was built on which the one `here` lacks: executables may use what they stand for."""
         return sorted(set(self.cpu_features) - set(here.cpu_features))

@@ -21,6 +21,7 @@ import jax
 
 from flame_jax.fke.compile import lower_program
 from flame_jax.fke.device import target_of
+from flame_jax.fke.manifest import Choices
 from flame_jax.fke.target import Target
 
 FORMAT = 1
@@ -76,7 +77,7 @@ class Tuning:
                 raise ValueError(f"format {data['format']}")
             measured = Target(**data["target"] | {"cpu_features": tuple(data["target"]["cpu_features"])})
             tuning = cls(measured, str(data["results"]))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise TuningError(f"tuning file {path} can't be read: {error}") from error
         for name in ("device_kind", "jaxlib", "plugin"):
             ours, theirs = getattr(target, name), getattr(tuning.target, name)
@@ -87,7 +88,7 @@ class Tuning:
 
 def compile_tuned(
     lowered: jax.stages.Lowered, target: Target, *, present: bool, file: Path | None
-) -> tuple[jax.stages.Compiled, str]:
+) -> tuple[jax.stages.Compiled, Choices]:
     """Compile, with choices from a file where one is given.
 
     Args:

@@ -11,7 +11,8 @@ import numpy as np
 
 from flame_jax.fke.artifact import Artifact
 from flame_jax.fke.engine import Engine
-from flame_jax.fke.golden import difference, whole
+from flame_jax.fke.golden import whole
+from flame_jax.fke.manifest import portable_name
 from flame_jax.packing import Bucket, Extent, fits
 from flame_jax.record import Piece
 
@@ -23,8 +24,8 @@ class BucketReport:
     Attributes:
         requests: golden requests that were replayed.
         placements: launches that were compared: each request alone, and at three offsets among neighbours.
-        golden: largest difference to the golden probabilities.
-        moved: largest difference of one request's scores between its placements; 0 means equal bits.
+        golden: largest difference to the golden scores, see `Golden.apart`.
+        moved: largest difference of one request's scores between its placements, likewise; 0 means equal bits.
         recompiled: the executable was compiled here, because the artifact's can't run on this CPU.
     """
 
@@ -34,6 +35,11 @@ class BucketReport:
     golden: float
     moved: float
     recompiled: bool
+
+    @property
+    def compared(self) -> bool:
+        """Whether any request was run in more than one place; a small bucket may have no room for neighbours."""
+        return self.placements > self.requests
 
     def passes(self, tolerance: float) -> bool:
         """Whether neither difference is beyond the artifact's tolerance."""
@@ -50,8 +56,8 @@ def verify(artifact: Artifact, device: jax.Device) -> list[BucketReport]:
     Raises:
         ArtifactError: a server would refuse it.
     """
-    for name in artifact.manifest.files:
-        artifact.read(name)
+    for bucket in artifact.manifest.buckets:
+        artifact.check(portable_name(bucket))  # the rest is read by the engine
     engine = Engine(artifact, device)
     engine.warm()
     return [replay(engine, bucket) for bucket in engine.slots]
@@ -69,7 +75,7 @@ def replay(engine: Engine, bucket: Bucket) -> BucketReport:
     )
     requests = placements = 0
     golden = moved = 0.0
-    for record, expected in zip(*engine.golden, strict=True):
+    for record, expected in zip(engine.golden.records, engine.golden.scores, strict=True):
         piece = _fitting(engine, record, bucket)
         if piece is None:
             continue
@@ -79,8 +85,8 @@ def replay(engine: Engine, bucket: Bucket) -> BucketReport:
             found.append(engine.run(bucket, words)[rows[mine]])
         requests += 1
         placements += len(found)
-        golden = max(golden, *(difference(scores, expected[: piece.high]) for scores in found))
-        moved = max(moved, *(difference(scores, found[0]) for scores in found))
+        golden = max(golden, *(engine.golden.apart(scores, expected[: piece.high]) for scores in found))
+        moved = max(moved, *(engine.golden.apart(scores, found[0]) for scores in found))
     return BucketReport(bucket, requests, placements, golden, moved, bucket in engine.recompiled)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import hashlib
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,15 +19,36 @@ from flame_jax.fke.artifact import Artifact, ArtifactError
 from flame_jax.fke.manifest import MANIFEST, SIGNATURE, FileEntry, Manifest
 from flame_jax.fke.signing import SigningKey
 
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
-def check_place(path: Path) -> None:
-    """Raise ArtifactError when there is something at `path` that is no artifact and would be replaced."""
-    if path.exists() and not (path / MANIFEST).is_file():
-        raise ArtifactError(f"{path} exists and is no artifact: it is left alone")
+
+def check_place(path: Path) -> Path:
+    """Where an artifact for `path` goes: the folder that a link points to, or `path` in full.
+
+    Raises:
+        ArtifactError: there is something that is no artifact, or holds more than one, and would be replaced.
+    """
+    path = Path(os.path.realpath(path))
+    if not path.exists():
+        return path
+    try:
+        about = json.loads((path / MANIFEST).read_bytes())
+        listed = set(about["files"]) | {MANIFEST, SIGNATURE} if type(about["format"]) is int else set()
+        more = sorted(set(os.listdir(path)) - listed)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise ArtifactError(f"{path} exists and is no artifact: it is left alone") from None
+    if more:
+        raise ArtifactError(f"{path} holds more than an artifact ({more[0]!r}): it is left alone")
+    return path
 
 
 def write_artifact(
-    path: Path, manifest: Manifest, files: Mapping[str, bytes | np.ndarray], key: SigningKey | None = None
+    path: Path,
+    manifest: Manifest,
+    files: Mapping[str, bytes | np.ndarray],
+    *,
+    key: SigningKey | None = None,
+    check: Callable[[Path], None] = lambda folder: None,
 ) -> Manifest:
     """Write an artifact beside `path`, then put it there in one rename; an older one there is replaced.
 
@@ -33,6 +56,7 @@ def write_artifact(
         manifest: its `files` are filled in.
         files: content by name; an array becomes a .npy file, written without a copy of it.
         key: signs the manifest.
+        check: called with the folder once it is whole, before it is put at `path`; what it raises stops that.
 
     Returns:
         The manifest as written.
@@ -41,7 +65,7 @@ def write_artifact(
         ArtifactError: something else is at `path`.
         OSError: it can't be written; what was at `path` is left as it was.
     """
-    check_place(path)
+    path = check_place(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     partial.mkdir()
@@ -55,7 +79,8 @@ def write_artifact(
             _write(partial / SIGNATURE, key.sign(text))
         _write(partial / MANIFEST, text)
         _sync(partial)
-        _replace(partial, path)
+        check(partial)
+        _put(partial, path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -66,13 +91,16 @@ def sign_artifact(path: Path, key: SigningKey) -> None:
     """Sign an artifact that is whole: every file is checked against its hash first. Raises ArtifactError, OSError."""
     artifact = Artifact(path)
     for name in artifact.manifest.files:
-        artifact.read(name)
+        artifact.check(name)
     text = (path / MANIFEST).read_bytes()
     if hashlib.sha256(text).hexdigest() != artifact.digest:
         raise ArtifactError(f"artifact {path} was replaced meanwhile: it is not signed")
-    partial = path / f".{SIGNATURE}.{uuid.uuid4().hex}"
-    _write(partial, key.sign(text))
-    os.replace(partial, path / SIGNATURE)
+    partial = path.with_name(f".{path.name}.{SIGNATURE}.{uuid.uuid4().hex}")
+    try:
+        _write(partial, key.sign(text))
+        os.replace(partial, path / SIGNATURE)
+    finally:
+        partial.unlink(missing_ok=True)
     _sync(path)
 
 
@@ -99,16 +127,21 @@ def _sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _replace(new: Path, path: Path) -> None:
-    if path.exists():
-        old = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        os.rename(path, old)
-        try:
-            os.rename(new, path)
-        except BaseException:
-            os.rename(old, path)
-            raise
-        shutil.rmtree(old)
-    else:
+def _put(new: Path, path: Path) -> None:
+    """Rename `new` to `path`; what is there goes, in the same instant."""
+    try:
         os.rename(new, path)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        _exchange(new, path)
+        shutil.rmtree(new)
     _sync(path.parent)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Swap two folders, atomically (Linux's renameat2)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE):
+        code = ctypes.get_errno()
+        raise OSError(code, f"{os.strerror(code)}: folders can't be exchanged here; remove the older artifact first")

@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import pickletools
+import resource
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,9 +15,11 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from jax._src.interpreters.pxla import UnloadedMeshExecutable
 
 from flame_jax.fke.compile import CompileCounter, deserialize
 from flame_jax.fke.device import platform_of
+from flame_jax.fke.manifest import portable_name
 from flame_jax.packing import Bucket, Extent
 from tests import tiny
 
@@ -134,6 +137,25 @@ def test_only_the_classes_of_an_executable_may_be_named(module: str, name: str) 
         load(payload)
 
 
+@pytest.mark.parametrize("state", [{"load": None}, (None, {"load": None})], ids=["dict", "slots"])
+def test_a_class_that_may_be_named_may_not_be_changed(state: Any) -> None:
+    """A refused file must not leave a broken JAX behind, in a process that goes on serving."""
+    before = UnloadedMeshExecutable.load
+    named = pickle.dumps(UnloadedMeshExecutable, 4)[:-1]  # without STOP
+    payload = named + pickle.dumps(state, 4)[2:-1] + pickle.BUILD + pickle.STOP
+    with pytest.raises(pickle.UnpicklingError, match="may not change a class"):
+        load(payload)
+    assert UnloadedMeshExecutable.load is before
+
+
+def test_a_few_bytes_do_not_take_gigabytes() -> None:
+    payload = pickle.NONE + pickle.LONG_BINPUT + (2**31 - 1).to_bytes(4, "little") + pickle.STOP
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(REFUSED):
+        load(payload)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+
+
 @pytest.mark.parametrize("kept", [0, 1, 2, 50, 0.3, 0.9, -1])
 def test_a_truncated_executable_is_refused(kept: float) -> None:
     payload = tiny.executables()[BUCKET]
@@ -195,6 +217,13 @@ def test_a_bit_flipped_around_the_native_code_is_refused_or_harmless() -> None:
 def test_an_executable_for_another_number_of_weights_is_refused(weights: int) -> None:
     with pytest.raises(REFUSED):
         deserialize(tiny.executables()[BUCKET], weights, tiny.device())
+
+
+def test_a_portable_program_tells_no_path_of_the_machine_that_made_it() -> None:
+    for bucket in tiny.BUCKETS:
+        program = tiny.built()[1][portable_name(bucket)]
+        assert b".py" not in program
+        assert str(Path.cwd()).encode() not in program
 
 
 def test_the_counter_counts_a_new_compilation_and_nothing_else() -> None:

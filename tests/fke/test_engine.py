@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
+import pickletools
+import re
 import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from flame_jax.fke import engine as module
 from flame_jax.fke.artifact import Artifact, ArtifactError
-from flame_jax.fke.compile import CompileCounter, deserialize
+from flame_jax.fke.build import build
+from flame_jax.fke.compile import CompileCounter, deserialize, serialize
 from flame_jax.fke.device import target_of
 from flame_jax.fke.engine import Engine
 from flame_jax.fke.manifest import executable_name, portable_name
@@ -179,14 +185,19 @@ def test_golden_scores_are_those_of_the_plain_model(pristine: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [0, -1])
-def test_golden_scores_that_are_not_met_are_refused(number: int, folder: Path) -> None:
+def test_golden_scores_that_are_not_met_are_refused(number: int, folder: Path, pristine: Path) -> None:
     golden = golden_of(folder)
     name = f"scores.{number % (len(golden) // 2)}"
     golden[name] = golden[name].copy()
-    golden[name][0, 1] += 0.01
+    p = golden[name][0, 1]
+    golden[name][0, 1] = 1 / (1 + (1 - p) / p * np.exp(-0.2))  # its logit is 0.2 more
     tiny.forge(folder, "golden.safetensors", safetensors.numpy.save(golden))
     line = refusal(folder)
-    assert "golden requests' probabilities are 0.01 off, beyond the tolerance of 0.001" in line
+    every = np.concatenate([v.ravel() for k, v in golden_of(pristine).items() if k.startswith("scores")])
+    off = 0.2 / np.std(np.log(every / (1 - every)))
+    said = re.search(r"scores are (\S+) of their spread off, beyond the tolerance of 0.005", line)
+    assert said is not None
+    assert float(said[1]) == pytest.approx(off, rel=0.1)
 
 
 def test_other_weights_of_the_right_shape_are_refused_by_the_golden_set(folder: Path) -> None:
@@ -198,7 +209,94 @@ def test_weights_that_are_not_numbers_are_refused_by_the_golden_set(folder: Path
     weights = {name: value.copy() for name, value in tiny.random_weights(3).items()}
     weights["item"][:] = np.nan
     forge_weights(folder, weights)
-    assert "probabilities are inf off" in refusal(folder)
+    assert "scores are inf of their spread off" in refusal(folder)
+
+
+def with_bias(weights: dict[str, np.ndarray], logit: float) -> dict[str, np.ndarray]:
+    return weights | {"head/logit_b": np.full_like(weights["head/logit_b"], logit)}
+
+
+@pytest.fixture(scope="module", params=["highest", "default"])
+def rare(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact of a model whose every probability is about a thousandth."""
+    folder = tmp_path_factory.mktemp("rare")
+    settings = dataclasses.replace(tiny.config(folder), layout=tiny.LAYOUT)
+    export = dataclasses.replace(settings.export, buckets=tiny.BUCKETS[:1], matmul_precision=request.param)
+    checkpoint = dataclasses.replace(tiny.checkpoint(), weights=with_bias(dict(tiny.random_weights(3)), -7.0))
+    build(dataclasses.replace(settings, export=export), checkpoint, tiny.builder())
+    path = Path(settings.export.artifact)
+    assert Artifact(path).tensors("golden.safetensors")["scores.0"].max() < 0.01
+    return path
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda w: w | {name: np.zeros_like(value) for name, value in w.items() if name.startswith("layers/")},
+        lambda w: w | {"item": w["item"][np.random.default_rng(0).permutation(len(w["item"]))]},
+        lambda w: with_bias({n: v[::-1].copy() for n, v in w.items()}, -7.0),
+        lambda w: with_bias(w, -30.0),
+        lambda w: with_bias(w, -7.5),
+        lambda w: w | {"action": np.zeros_like(w["action"])},
+    ],
+    ids=["no layers", "items shuffled", "every tensor reversed", "all zero", "less", "no actions"],
+)
+def test_a_wrong_model_of_rare_clicks_is_refused(spoil: Any, rare: Path, tmp_path: Path) -> None:
+    """Probabilities of a thousandth lie within any tolerance of each other; their logits do not."""
+    folder = Path(shutil.copytree(rare, tmp_path / "model"))
+    forge_weights(folder, spoil(with_bias(dict(tiny.random_weights(3)), -7.0)))
+    assert "of their spread off" in refusal(folder)
+
+
+def test_an_executable_that_xla_refuses_is_compiled_anew(folder: Path, engine: Engine) -> None:
+    payload = tiny.executables()[tiny.BUCKETS[0]]
+    native = max((arg for _, arg, _ in pickletools.genops(payload) if isinstance(arg, bytes)), key=len)
+    junk = payload.replace(native, b"\xff" * len(native))
+    tiny.forge(folder, executable_name(tiny.BUCKETS[0]), junk)
+    other = Engine(Artifact(folder), tiny.device())
+    assert other.recompiled == [tiny.BUCKETS[0]]
+    other.warm()
+
+
+def test_weights_that_score_nothing_are_never_exported(tmp_path: Path) -> None:
+    settings = dataclasses.replace(tiny.config(tmp_path), layout=tiny.LAYOUT)
+    weights = with_bias(dict(tiny.random_weights(3)), np.nan)
+    with pytest.raises(ValueError, match="no probabilities"):
+        build(settings, dataclasses.replace(tiny.checkpoint(), weights=weights), tiny.builder())
+    assert not Path(settings.export.artifact).exists()
+
+
+@pytest.mark.parametrize(
+    "give",
+    [
+        lambda scores: scores[:, :1],
+        lambda scores: scores[:-1],
+        lambda scores: scores.astype(jnp.bfloat16),
+        lambda scores: scores.sum(),
+        lambda scores: scores > 0.5,
+    ],
+)
+def test_an_executable_that_gives_something_else_is_refused(give: Any, folder: Path) -> None:
+    manifest, bucket = Artifact(folder).manifest, tiny.BUCKETS[0]
+    slot = slot_layout(tiny.SCHEMA, tiny.LAYOUT, bucket)
+    rank = rank_function(tiny.MODEL, tiny.SCHEMA, tiny.LAYOUT, slot, tiny.ITEMS + 1)
+    words = np.zeros(slot.words, np.int32)
+    compiled = jax.jit(lambda w, x: give(rank(w, x))).lower(list(tiny.random_weights(3).values()), words).compile()
+    tiny.forge(folder, executable_name(bucket), serialize(compiled))
+    assert manifest.buckets[0] == bucket
+    assert f"executable of bucket {bucket} gives" in refusal(folder)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_damaged_program_is_refused_in_one_line(seed: int, folder: Path) -> None:
+    change(folder, "target", "cpu_features", value=["avx999"])
+    name = portable_name(tiny.BUCKETS[0])
+    data = bytearray((folder / name).read_bytes())
+    random = np.random.default_rng(seed)
+    data[int(random.integers(len(data)))] ^= 1 << int(random.integers(8))
+    tiny.forge(folder, name, bytes(data))
+    with contextlib.suppress(ArtifactError):  # a flip in a name does no harm
+        Engine(Artifact(folder), tiny.device()).warm()
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def test_a_signed_artifact_is_told_from_others(keys: tuple[Path, Path], tmp_path
 
 def test_an_artifact_can_be_written_signed(keys: tuple[Path, Path], tmp_path: Path) -> None:
     manifest, files = tiny.built()
-    write_artifact(tmp_path / "artifact", manifest, files, SigningKey(keys[0]))
+    write_artifact(tmp_path / "artifact", manifest, files, key=SigningKey(keys[0]))
     Artifact(tmp_path / "artifact", trusted(keys[0]))
 
 
