@@ -32,18 +32,6 @@ from tests import tiny
 
 
 @pytest.fixture(scope="module")
-def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("engine") / "model"
-    tiny.save_artifact(path)
-    return path
-
-
-@pytest.fixture
-def folder(pristine: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(pristine, tmp_path / "model"))
-
-
-@pytest.fixture(scope="module")
 def engine(pristine: Path) -> Engine:
     return Engine(Artifact(pristine), tiny.device())
 
