@@ -171,7 +171,7 @@ def _tune(args: list[str]) -> None:
         refuse(PROG, f"{parsed.out} can't be written there", status=1)
     if platform_of(device) != "cuda":
         refuse(PROG, f"tuning needs a CUDA device, this machine has {device.device_kind}", status=1)
-    buckets = tqdm(artifact.manifest.buckets, desc="tune", unit="bucket")
+    buckets = tqdm(artifact.manifest.buckets, desc="tune", unit="bucket", disable=None)
     tuning = Tuning.measure((artifact.read(portable_name(bucket)) for bucket in buckets), device)
     tuning.save(Path(parsed.out))
     print(f"wrote {parsed.out}: choices for {tuning.target.device_kind}, {tuning.target.plugin}")

@@ -52,6 +52,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         "flame_jax/server/proto/ranking.proto",
         "flame_jax/server/proto/control.proto",
         "flame_jax/server/proto/ranking_pb2.py",
+        "flame_jax/fke/devices/h100.txtpb",
         "flame_jax/models/climber.py",
         "flame_jax/pallas_kernels/sumi_attention/api.py",
         "flame_jax/py.typed",

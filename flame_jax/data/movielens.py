@@ -57,7 +57,7 @@ def import_ml_100k(store: str | Path) -> tuple[int, int, int]:
     features = dict(read_users(folder / "ml-100k.user"))
     with LmdbWriter(store, STORE_SCHEMA) as writer:
         writer.put_items(items, titles)
-        bar = tqdm(histories.items(), desc=f"import {NAME}", unit="user")
+        bar = tqdm(histories.items(), desc=f"import {NAME}", unit="user", disable=None)
         users = writer.put_users((user, history, features[user]) for user, history in bar)
         writer.finish(NAME)
     return users, len(items), sum(map(len, histories.values()))

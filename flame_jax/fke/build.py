@@ -70,7 +70,7 @@ class Builder:
         jobs: buckets compiled at once; 0: as many as there are cores, or one where XLA measures kernels meanwhile.
         tuning: choices of kernels measured before.
         key: signs the artifact.
-        progress: show bars on stderr.
+        progress: show bars on stderr, where it is a terminal.
     """
 
     device: jax.Device
@@ -109,7 +109,7 @@ class Builder:
                     bucket: pool.submit(work, lower_program(programs[bucket], self.device))
                     for bucket in sorted(programs, reverse=True)
                 }
-                with tqdm(total=len(waiting), desc="compile", unit="bucket", disable=not self.progress) as bar:
+                with tqdm(total=len(waiting), desc="compile", unit="bucket", disable=not self.progress or None) as bar:
                     for bucket, future in waiting.items():
                         built[bucket] = future.result()
                         bar.set_postfix_str(f"{bucket} {built[bucket].seconds:.1f} s")
@@ -148,7 +148,7 @@ def build(config: Config, checkpoint: Checkpoint, builder: Builder) -> Manifest:
         bucket: portable_program(
             model, schema, config.layout, bucket, rows, precision=config.export.matmul_precision, platforms=PLATFORMS
         )
-        for bucket in tqdm(ladder, desc="trace", unit="bucket", disable=not builder.progress)
+        for bucket in tqdm(ladder, desc="trace", unit="bucket", disable=not builder.progress or None)
     }
     packer = Packer(model, schema, config.layout, RecordLayout(schema, item_table))
     records = golden_records(schema, checkpoint.vocabularies, config.layout, ladder)
