@@ -2,9 +2,8 @@
 
 XLA keys a choice by the instruction it is for, so a changed model, bucket or precision needs tuning again.
 
-`xla_gpu_exclude_nondeterministic_ops` is not used: it makes XLA choose without measuring, which costs half the speed
-(climber_base on an H100: 1.90 ms against 1.27 in bucket t384_c128), and without it no placement in a slot changed a bit
-of a score; `export verify` looks at that for each artifact.
+`xla_gpu_exclude_nondeterministic_ops` is not used: it makes XLA choose without measuring, and slower kernels. Whether
+placements in a slot change a bit of a score is looked at for each artifact by `export verify`.
 """
 
 from __future__ import annotations
