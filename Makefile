@@ -81,7 +81,7 @@ proto: $(VENV)/installed
 lock: $(VENV)/installed
 	$(PY) -m pip install --quiet uv
 	$(PY) -m uv pip compile pyproject.toml --extra dev --universal --python-version 3.12 --generate-hashes \
-	  --no-emit-index-url --no-header --no-annotate -o requirements.lock
+	  --no-header --no-annotate -o requirements.lock
 
 wheel: $(VENV)/installed
 	rm -rf build dist
