@@ -193,14 +193,16 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("FLAME_")}
 
 
+def serving(files: Files, log: Path, *flags: str) -> contextlib.AbstractContextManager[Server]:
+    """A server of these files on free ports, see `running`."""
+    return running(log, *files.flags(), "--server.port", "0", "--server.metrics_port", "0", *flags)
+
+
 @contextlib.contextmanager
-def serving(files: Files, log: Path, *flags: str) -> Iterator[Server]:
-    """A server on free ports; its log goes to a file. Ended by SIGTERM, which must exit 0."""
+def running(log: Path, *flags: str) -> Iterator[Server]:
+    """A server whose log goes to a file. Ended by SIGTERM, which must exit 0."""
     with log.open("w") as stderr:
-        free = ["--server.port", "0", "--server.metrics_port", "0"]
-        process = subprocess.Popen(
-            command(*files.flags(), *free, *flags), stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment()
-        )
+        process = subprocess.Popen(command(*flags), stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment())
         assert process.stdout is not None
         try:
             ready = process.stdout.readline()
