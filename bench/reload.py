@@ -11,12 +11,10 @@ import argparse
 import json
 import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
@@ -26,6 +24,7 @@ import grpc
 import numpy as np
 
 from bench.environment import describe
+from bench.serving import scrape, serving
 from flame_jax.client import RankingClient
 from flame_jax.commandline import load
 from flame_jax.fke.manifest import MANIFEST
@@ -94,11 +93,7 @@ class Load(NamedTuple):
 
 def measure(settings: list[str], load: Load, reload: Callable[[], None]) -> dict[str, Any]:
     """Drive a server before and around a reload."""
-    command = [sys.executable, "-m", "flame_jax.server", *settings, "--server.port", "0", "--server.metrics_port", "0"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert server.stdout is not None
-        about = dict(part.split("=", 1) for part in server.stdout.readline().split()[1:])
+    with serving(settings) as about:
         begin, calls = time.monotonic() + WARM_UP_SECONDS, list[Call]()
         threads = [threading.Thread(target=drive, args=(about["grpc"], load, n, begin, calls)) for n in range(THREADS)]
         for thread in threads:
@@ -107,14 +102,10 @@ def measure(settings: list[str], load: Load, reload: Callable[[], None]) -> dict
         reload()
         for thread in threads:
             thread.join()
-        with urllib.request.urlopen(f"http://{about['metrics']}/metrics") as page:
-            metrics = dict(line.rsplit(" ", 1) for line in page.read().decode().splitlines() if line[0] != "#")
-    finally:
-        server.terminate()
-        server.wait()
+        metrics = scrape(about)
     return summary(calls, begin, load.seconds) | {
-        "load_seconds": float(metrics["flame_model_load_seconds_sum"]) / 2,
-        "compiles_after_ready": int(float(metrics["flame_compiles_after_ready_total"])),
+        "load_seconds": metrics["flame_model_load_seconds_sum"] / 2,
+        "compiles_after_ready": int(metrics["flame_compiles_after_ready_total"]),
     }
 
 

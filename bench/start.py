@@ -15,12 +15,12 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.environment import describe
+from bench.serving import scrape, serving
 from bench.synthetic import write_store
 from flame_jax.client import RankingClient
 from flame_jax.fke.artifact import Artifact
@@ -62,26 +62,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 def start(artifact: str, store: Path, items: list[int]) -> dict[str, Any]:
     """Start a server, rank once, stop it."""
     flags = ["--export.artifact", artifact, "--store.path", str(store), "--server.log_level", "WARNING"]
-    command = [sys.executable, "-m", "flame_jax.server", *flags, "--server.port", "0", "--server.metrics_port", "0"]
     began = time.perf_counter()
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert server.stdout is not None
-        about = dict(part.split("=", 1) for part in server.stdout.readline().split()[1:])
+    with serving(flags) as about:
         ready = time.perf_counter() - began
         with RankingClient(about["grpc"]) as client:
             client.rank("u1", items, timeout=10)
             first = time.perf_counter() - began
-        with urllib.request.urlopen(f"http://{about['metrics']}/metrics") as page:
-            metrics = dict(line.rsplit(" ", 1) for line in page.read().decode().splitlines() if line[0] != "#")
-    finally:
-        server.terminate()
-        server.wait()
+        metrics = scrape(about)
     return {
         "ready_seconds": ready,
         "first_answer_seconds": first,
-        "load_seconds": float(metrics["flame_model_load_seconds_sum"]),
-        "compiles_after_ready": int(float(metrics["flame_compiles_after_ready_total"])),
+        "load_seconds": metrics["flame_model_load_seconds_sum"],
+        "compiles_after_ready": int(metrics["flame_compiles_after_ready_total"]),
     }
 
 

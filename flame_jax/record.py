@@ -88,6 +88,10 @@ class RecordLayout:
         """Rows the whole request takes."""
         return Extent(int(record[_LENGTHS : self._head].max()) * self._stride, int(record[_COUNT]))
 
+    def piece_extent(self, piece: Piece) -> Extent:
+        """Rows a piece takes."""
+        return Extent(self.extent(piece.record).history, piece.high - piece.low)
+
     def is_whole(self, record: np.ndarray) -> bool:
         """Whether int32[n] words have the length that their head says."""
         if len(record) < self._body or (record[: self._head] < 0).any() or record[_COUNT] < 1:
@@ -109,7 +113,7 @@ class RecordLayout:
         Raises:
             ValueError: the pieces do not fit the bucket.
         """
-        extents = [Extent(self.extent(p.record).history, p.high - p.low) for p in pieces]
+        extents = [self.piece_extent(piece) for piece in pieces]
         places = place(extents, bucket, layout)
         for row, (where, piece) in enumerate(zip(places, pieces, strict=True)):
             self.write(slot, row, where, *piece)

@@ -20,7 +20,7 @@ import uvloop
 from flame_jax.commandline import load, refuse
 from flame_jax.config import Config, ServerConfig
 from flame_jax.fke.compile import CompileCounter
-from flame_jax.fke.repository import Repository, RepositoryError, SingleArtifact, Source, Version
+from flame_jax.fke.repository import Repository, RepositoryError, SingleArtifact, Source
 from flame_jax.fke.signing import KeyFileError, TrustedKeys
 from flame_jax.pda.lmdb_store import LmdbStore
 from flame_jax.pda.store import StoreError
@@ -28,7 +28,7 @@ from flame_jax.schema import FeatureSchema
 from flame_jax.server.background import any_running, in_background
 from flame_jax.server.control import CONTROL, ModelControl
 from flame_jax.server.listen import StartError, address, bind, open_port
-from flame_jax.server.live import LiveModel, LoadError, load_model
+from flame_jax.server.live import LiveModel, Loader, LoadError
 from flame_jax.server.metrics import Metrics
 from flame_jax.server.models import STEPS, Models
 from flame_jax.server.ranking import SERVICE, RankingService
@@ -137,12 +137,8 @@ async def _load(
     def died(live: LiveModel) -> None:
         reloader.died(live)
 
-    def load(version: Version, model: str) -> LiveModel:
-        return load_model(
-            version, model, config=config, store=store, trusted=trusted, device=device, loop=loop, on_fatal=died
-        )
-
-    reloader = Reloader(source, load, models, metrics, settings, on_dead=partial(_stop, stopped, 1))
+    loader = Loader(config, store, trusted, device, loop, on_fatal=died)
+    reloader = Reloader(source, loader.load, models, metrics, settings, on_dead=partial(_stop, stopped, 1))
     await reloader.start()
     return reloader
 

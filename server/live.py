@@ -6,6 +6,7 @@ import asyncio
 import logging
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import count
 
 import jax
@@ -119,58 +120,53 @@ class LiveModel:
         return self.dispatcher.stop(seconds)
 
 
-def load_model(
-    version: Version,
-    model: str,
-    *,
-    config: Config,
-    store: LmdbStore,
-    trusted: TrustedKeys | None,
-    device: jax.Device,
-    loop: asyncio.AbstractEventLoop,
-    on_fatal: Callable[[LiveModel], None],
-) -> LiveModel:
-    """Load and warm a version; takes seconds, runs on any thread.
+@dataclass(frozen=True)
+class Loader:
+    """Loads versions of one server.
 
-    Args:
-        model: name that its manifest must have; any when empty.
+    Attributes:
         trusted: see `Artifact`.
-
-    Raises:
-        LoadError: it is damaged, was built for something else, or doesn't fit the device.
+        on_fatal: see `LiveModel`.
     """
-    try:
-        return _load(version, model, config, store, trusted, device, loop, on_fatal)
-    except (ArtifactError, StoreError) as error:
-        reason = str(error)
-    except jax.errors.JaxRuntimeError as error:
-        reason = f"the device can't run artifact {version.path}: {error}"
-    except OSError as error:
-        reason = f"slots can't be allocated: {error.strerror}; see dispatch.executors and ulimit -n"
-    except Exception as error:
-        log.exception("version %s can't be loaded", version.name)
-        reason = f"artifact {version.path} can't be loaded: {type(error).__name__}"
-    # Raised here, where nothing holds the failed load's frames, and with them device memory, any longer.
-    raise LoadError(" ".join(reason.split())[:_REASON])
 
+    config: Config
+    store: LmdbStore
+    trusted: TrustedKeys | None
+    device: jax.Device
+    loop: asyncio.AbstractEventLoop
+    on_fatal: Callable[[LiveModel], None]
 
-def _load(
-    version: Version,
-    model: str,
-    config: Config,
-    store: LmdbStore,
-    trusted: TrustedKeys | None,
-    device: jax.Device,
-    loop: asyncio.AbstractEventLoop,
-    on_fatal: Callable[[LiveModel], None],
-) -> LiveModel:
-    artifact = Artifact(version.path, trusted)
-    manifest = artifact.manifest
-    if model and manifest.model.name != model:
-        raise ArtifactError(f"artifact {artifact.path} is of model {manifest.model.name!r}, not {model!r}")
-    if manifest.version != version.name:
-        raise ArtifactError(f"artifact {artifact.path} is version {manifest.version!r}, not {version.name!r}")
-    store.check(manifest.schema)
-    engine = Engine(artifact, device)
-    engine.warm()
-    return LiveModel(engine, version.identity, config, loop, on_fatal)
+    def load(self, version: Version, model: str) -> LiveModel:
+        """Load and warm a version; takes seconds, runs on any thread.
+
+        Args:
+            model: name that its manifest must have; any when empty.
+
+        Raises:
+            LoadError: it is damaged, was built for something else, or doesn't fit the device.
+        """
+        try:
+            return self._load(version, model)
+        except (ArtifactError, StoreError) as error:
+            reason = str(error)
+        except jax.errors.JaxRuntimeError as error:
+            reason = f"the device can't run artifact {version.path}: {error}"
+        except OSError as error:
+            reason = f"slots can't be allocated: {error.strerror}; see dispatch.executors and ulimit -n"
+        except Exception as error:
+            log.exception("version %s can't be loaded", version.name)
+            reason = f"artifact {version.path} can't be loaded: {type(error).__name__}"
+        # Raised here, where nothing holds the failed load's frames, and with them device memory, any longer.
+        raise LoadError(" ".join(reason.split())[:_REASON])
+
+    def _load(self, version: Version, model: str) -> LiveModel:
+        artifact = Artifact(version.path, self.trusted)
+        manifest = artifact.manifest
+        if model and manifest.model.name != model:
+            raise ArtifactError(f"artifact {artifact.path} is of model {manifest.model.name!r}, not {model!r}")
+        if manifest.version != version.name:
+            raise ArtifactError(f"artifact {artifact.path} is version {manifest.version!r}, not {version.name!r}")
+        self.store.check(manifest.schema)
+        engine = Engine(artifact, self.device)
+        engine.warm()
+        return LiveModel(engine, version.identity, self.config, self.loop, self.on_fatal)

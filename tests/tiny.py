@@ -25,9 +25,9 @@ from flame_jax import train
 from flame_jax.config import Config, ExportConfig, HeadConfig, ModelConfig, StoreConfig, TrainConfig
 from flame_jax.fke.artifact import Artifact
 from flame_jax.fke.build import Builder, build
-from flame_jax.fke.compile import compile_bucket
+from flame_jax.fke.compile import lower_program
 from flame_jax.fke.device import platform_of
-from flame_jax.fke.manifest import Manifest, executable_name
+from flame_jax.fke.manifest import Manifest, executable_name, portable_name
 from flame_jax.fke.writer import write_artifact
 from flame_jax.models.checkpoint import Checkpoint, CheckpointFolder
 from flame_jax.models.climber import Climber
@@ -169,7 +169,7 @@ def random_weights(seed: int) -> dict[str, np.ndarray]:
 @cache
 def compiled(bucket: Bucket) -> jax.stages.Compiled:
     """The executable of a bucket."""
-    return compile_bucket(MODEL, SCHEMA, LAYOUT, bucket, ITEMS + 1, precision="highest", device=jax.devices()[0])
+    return lower_program(built()[1][portable_name(bucket)], device()).compile()
 
 
 def executables() -> dict[Bucket, bytes]:

@@ -29,9 +29,11 @@ from flame_jax.fke.manifest import (
     WEIGHTS,
     Manifest,
     executable_name,
+    portable_name,
     vocabulary_name,
 )
 from flame_jax.fke.signing import TrustedKeys
+from flame_jax.packing import Bucket
 from flame_jax.vocabulary import Vocabularies, Vocabulary
 
 MAX_MANIFEST = 64 << 20
@@ -217,10 +219,14 @@ class Artifact:
             raise ArtifactError(f"artifact {self.path} has an unreadable vocabulary: {error}") from error
         return vocabularies
 
-    def content(self) -> dict[str, bytes | np.ndarray]:
-        """Every file that does not depend on the target, by name, as `write_artifact` takes them."""
-        executables = {executable_name(bucket) for bucket in self.manifest.buckets}
-        names = self.manifest.file_names() - executables - {ITEM_TABLE}
+    def programs(self) -> dict[Bucket, bytes]:
+        """Every bucket's portable program."""
+        return {bucket: self.read(portable_name(bucket)) for bucket in self.manifest.buckets}
+
+    def data(self) -> dict[str, bytes | np.ndarray]:
+        """Every file but programs and executables, by name, as `write_artifact` takes them."""
+        made = {name(bucket) for bucket in self.manifest.buckets for name in (executable_name, portable_name)}
+        names = self.manifest.file_names() - made - {ITEM_TABLE}
         files: dict[str, bytes | np.ndarray] = {name: self.read(name) for name in sorted(names)}
         if (table := self.item_table(self.vocabularies().items.rows)) is not None:
             files[ITEM_TABLE] = table

@@ -160,7 +160,6 @@ def build(config: Config, checkpoint: Checkpoint, builder: Builder) -> Manifest:
         vocabulary_name(): vocabulary_bytes(checkpoint.vocabularies.items),
     }
     files |= {vocabulary_name(name): vocabulary_bytes(v) for name, v in checkpoint.vocabularies.features.items()}
-    files |= {portable_name(bucket): program for bucket, program in programs.items()}
     if item_table is not None:
         files[ITEM_TABLE] = item_table
     manifest = Manifest(
@@ -189,9 +188,7 @@ def rebuild(artifact: Artifact, path: Path, builder: Builder) -> Manifest:
         OSError: it can't be written.
     """
     path = check_place(path)
-    manifest, files = artifact.manifest, artifact.content()
-    programs = {bucket: artifact.read(portable_name(bucket)) for bucket in manifest.buckets}
-    return _finish(path, manifest, files, programs, builder)
+    return _finish(path, artifact.manifest, artifact.data(), artifact.programs(), builder)
 
 
 def _finish(
@@ -213,13 +210,14 @@ def _finish(
             for bucket, one in sorted(built.items())
         ),
     )
-    payloads = {executable_name(bucket): one.payload for bucket, one in built.items()}
+    made = {portable_name(bucket): program for bucket, program in programs.items()}
+    made |= {executable_name(bucket): one.payload for bucket, one in built.items()}
 
     def check(folder: Path) -> None:
         if builder.present:
             Engine(Artifact(folder), builder.device).warm()
 
-    return write_artifact(path, manifest, {**files, **payloads}, key=builder.key, check=check)
+    return write_artifact(path, manifest, {**files, **made}, key=builder.key, check=check)
 
 
 def _reference_scores(

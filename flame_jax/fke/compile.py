@@ -117,22 +117,6 @@ def lower_program(program: bytes, device: jax.Device) -> jax.stages.Lowered:
         raise ValueError(f"damaged program: {type(error).__name__}") from error
 
 
-def compile_bucket(
-    model: ModelConfig,
-    schema: FeatureSchema,
-    layout: Layout,
-    bucket: Bucket,
-    vocabulary: int,
-    *,
-    precision: str,
-    device: jax.Device,
-) -> jax.stages.Compiled:
-    """Compile `rank(weights, slot)` of one bucket for one device."""
-    platforms = (platform_of(device),)
-    program = portable_program(model, schema, layout, bucket, vocabulary, precision=precision, platforms=platforms)
-    return lower_program(program, device).compile()
-
-
 def serialize(compiled: jax.stages.Compiled) -> bytes:
     """An executable as bytes, for `deserialize`."""
     payload: bytes = serialize_executable.serialize(compiled)[0]

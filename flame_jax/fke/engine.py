@@ -128,7 +128,7 @@ class Engine:
                 self.golden_difference = max(self.golden_difference, apart)
 
     def _replay(self, bucket: Bucket, numbers: Sequence[int]) -> float:
-        """Largest difference of these golden requests' probabilities, run as one batch."""
+        """Largest difference of these golden requests' scores, run as one batch; see `Golden.apart`."""
         pieces = [whole(self.golden.records[i], self.packer.records) for i in numbers]
         try:
             words, rows = self.packer.pack(pieces, bucket)
@@ -159,7 +159,7 @@ class Engine:
 
 
 def _check_target(artifact: Artifact, here: Target) -> list[str]:
-    """Instruction sets that this CPU lacks. Raises ArtifactError where executables can't run at all."""
+    """Flags of the building machine's CPU that this one lacks. Raises ArtifactError where nothing can run."""
     built = artifact.manifest.target
     if misfit := built.misfit(here):
         raise ArtifactError(

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from flame_jax.config import ModelConfig
-from flame_jax.fke.compile import compile_bucket, serialize
+from flame_jax.fke.compile import lower_program, portable_program, serialize
 from flame_jax.packing import Bucket, Layout
 from flame_jax.schema import FeatureSchema
 
@@ -84,7 +84,8 @@ def measure(
         jax.jit(lambda: 0).lower().compile()  # the backend starts with the first compilation
         for bucket in measured:
             started = time.perf_counter()
-            compiled = compile_bucket(model, schema, layout, bucket, vocabulary, precision=precision, device=device)
+            program = portable_program(model, schema, layout, bucket, vocabulary, precision=precision)
+            compiled = lower_program(program, device).compile()
             payload = serialize(compiled)
             seconds.append(time.perf_counter() - started)
             memory: Any = compiled.memory_analysis()

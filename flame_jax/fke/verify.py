@@ -13,7 +13,7 @@ from flame_jax.fke.artifact import Artifact
 from flame_jax.fke.engine import Engine
 from flame_jax.fke.golden import whole
 from flame_jax.fke.manifest import portable_name
-from flame_jax.packing import Bucket, Extent, fits
+from flame_jax.packing import Bucket, fits
 from flame_jax.record import Piece
 
 
@@ -70,9 +70,8 @@ def replay(engine: Engine, bucket: Bucket) -> BucketReport:
     so that it starts at offsets from one end to the other, with neighbours.
     """
     records = engine.packer.records
-    neighbour = min(
-        (r for r in engine.golden.records), key=lambda r: (not records.extent(r).history, sum(records.extent(r)))
-    )
+    # The smallest that has a history: it moves both ends.
+    neighbour = min(engine.golden.records, key=lambda r: (not records.extent(r).history, sum(records.extent(r))))
     requests = placements = 0
     golden = moved = 0.0
     for record, expected in zip(engine.golden.records, engine.golden.scores, strict=True):
@@ -91,8 +90,7 @@ def replay(engine: Engine, bucket: Bucket) -> BucketReport:
 
 
 def _fits(engine: Engine, pieces: Sequence[Piece], bucket: Bucket) -> bool:
-    extents = [Extent(engine.packer.records.extent(p.record).history, p.high - p.low) for p in pieces]
-    return fits(extents, bucket, engine.manifest.layout)
+    return fits([engine.packer.records.piece_extent(p) for p in pieces], bucket, engine.manifest.layout)
 
 
 def _fitting(engine: Engine, record: np.ndarray, bucket: Bucket) -> Piece | None:

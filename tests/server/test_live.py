@@ -22,7 +22,7 @@ from flame_jax.fke.engine import Engine
 from flame_jax.fke.repository import Repository, Version
 from flame_jax.pda.lmdb_store import LmdbStore
 from flame_jax.server.errors import Fault
-from flame_jax.server.live import LiveModel, LoadError, load_model
+from flame_jax.server.live import LiveModel, Loader, LoadError
 from flame_jax.server.metrics import Metrics
 from flame_jax.server.models import Models
 from flame_jax.server.proto import ranking_pb2
@@ -93,9 +93,7 @@ class Desk:
         )
 
     def _load(self, version: Version, model: str) -> LiveModel:
-        live = load_model(
-            version,
-            model,
+        loader = Loader(
             config=CONFIG,
             store=self._store,
             trusted=None,
@@ -103,6 +101,7 @@ class Desk:
             loop=self._loop,
             on_fatal=lambda live: self.reloader.died(live),
         )
+        live = loader.load(version, model)
         if spoil := self._spoil.get(version.name):
             spoil(live.engine)
         return live
@@ -287,16 +286,15 @@ def test_a_load_that_fails_leaves_nothing_on_the_device(
 def refusal(root: Path, store: LmdbStore, name: str, model: str = "climber", **changed: Any) -> str:
     loop = asyncio.new_event_loop()
     try:
+        loader = Loader(
+            store=store,
+            loop=loop,
+            on_fatal=lambda _: None,
+            trusted=None,
+            **{"config": CONFIG, "device": tiny.device(), **changed},
+        )
         with pytest.raises(LoadError) as caught:
-            load_model(
-                Version(name, root / "climber" / name, ""),
-                model,
-                store=store,
-                loop=loop,
-                on_fatal=lambda _: None,
-                trusted=None,
-                **{"config": CONFIG, "device": tiny.device(), **changed},
-            )
+            loader.load(Version(name, root / "climber" / name, ""), model)
     finally:
         loop.close()
     assert "\n" not in str(caught.value)
