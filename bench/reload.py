@@ -99,11 +99,18 @@ def measure(settings: list[str], load: Load, reload: Callable[[], None]) -> dict
         for thread in threads:
             thread.start()
         time.sleep(begin + 1.5 * load.seconds - time.monotonic())
+        published = time.monotonic()
         reload()
         for thread in threads:
             thread.join()
         metrics = scrape(about)
+    switched = min((call.due for call in calls if call.version == VERSIONS[1]), default=begin + 2 * load.seconds)
+    loading = [call.latency * 1e3 for call in calls if published <= call.due < switched]
     return summary(calls, begin, load.seconds) | {
+        "while_loading": {
+            "seconds": switched - published,
+            "ms": {f"p{q}": float(np.percentile(loading, q)) for q in (50, 75, 90, 100)},
+        },
         "load_seconds": metrics["flame_model_load_seconds_sum"] / 2,
         "compiles_after_ready": int(metrics["flame_compiles_after_ready_total"]),
     }

@@ -136,17 +136,18 @@ class Loader:
     loop: asyncio.AbstractEventLoop
     on_fatal: Callable[[LiveModel], None]
 
-    def load(self, version: Version, model: str) -> LiveModel:
+    def load(self, version: Version, model: str, beside: bool) -> LiveModel:
         """Load and warm a version; takes seconds, runs on any thread.
 
         Args:
             model: name that its manifest must have; any when empty.
+            beside: see `Engine`.
 
         Raises:
             LoadError: it is damaged, was built for something else, or doesn't fit the device.
         """
         try:
-            return self._load(version, model)
+            return self._load(version, model, beside)
         except (ArtifactError, StoreError) as error:
             reason = str(error)
         except jax.errors.JaxRuntimeError as error:
@@ -159,7 +160,7 @@ class Loader:
         # Raised here, where nothing holds the failed load's frames, and with them device memory, any longer.
         raise LoadError(" ".join(reason.split())[:_REASON])
 
-    def _load(self, version: Version, model: str) -> LiveModel:
+    def _load(self, version: Version, model: str, beside: bool) -> LiveModel:
         artifact = Artifact(version.path, self.trusted)
         manifest = artifact.manifest
         if model and manifest.model.name != model:
@@ -167,6 +168,6 @@ class Loader:
         if manifest.version != version.name:
             raise ArtifactError(f"artifact {artifact.path} is version {manifest.version!r}, not {version.name!r}")
         self.store.check(manifest.schema)
-        engine = Engine(artifact, self.device)
+        engine = Engine(artifact, self.device, beside=beside)
         engine.warm()
         return LiveModel(engine, version.identity, self.config, self.loop, self.on_fatal)

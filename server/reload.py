@@ -43,7 +43,7 @@ class Reloader:
     def __init__(
         self,
         source: Source,
-        load: Callable[[Version, str], LiveModel],
+        load: Callable[[Version, str, bool], LiveModel],
         models: Models,
         metrics: Metrics,
         config: ServerConfig,
@@ -278,7 +278,7 @@ class Reloader:
         if self._closed.is_set():
             raise CommandRefused(Refusal.DRAINING, "the server is shutting down")
         try:
-            live = await self._load(version)
+            live = await self._load(version, beside=True)
         except LoadError:
             self._metrics.reload("failed")
             raise
@@ -288,11 +288,11 @@ class Reloader:
         self._metrics.reload("ok")
         return live
 
-    async def _load(self, version: Version) -> LiveModel:
+    async def _load(self, version: Version, *, beside: bool = False) -> LiveModel:
         log.info("loading version %s", version.name)
         begun = time.monotonic()
         try:
-            live = await in_background(partial(self._load_model, version, self.model))
+            live = await in_background(partial(self._load_model, version, self.model, beside))
         except LoadError as error:
             self._mark_bad(version.name, version.identity, str(error))
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -20,14 +21,18 @@ from flame_jax.models.serving import check_weights, served_slot, served_specs
 from flame_jax.packing import Bucket
 from flame_jax.record import RecordLayout
 
-WARM_RUNS = 3
-"""CUDA graphs record on an executable's second run; the third is the first ordinary one."""
+WARM_RUNS = 2
+"""CUDA graphs record on an executable's second run."""
 
 log = logging.getLogger(__name__)
 
 
 class Engine:
     """Runs the executables of one artifact on one device.
+
+    Args:
+        beside: other engines serve meanwhile: load one executable at a time, and rest between golden batches for as
+            long as they take, so that calls find the device free at least half of the time.
 
     Attributes:
         recompiled: buckets whose executable this CPU can't run and that were compiled here from their portable
@@ -39,8 +44,9 @@ class Engine:
         ArtifactError: the artifact is damaged or was built for something else.
     """
 
-    def __init__(self, artifact: Artifact, device: jax.Device) -> None:
+    def __init__(self, artifact: Artifact, device: jax.Device, *, beside: bool = False) -> None:
         manifest = artifact.manifest
+        self._beside = beside
         self.manifest, self._path = manifest, artifact.path
         missing = _check_target(artifact, target_of(device))
         self.vocabularies = artifact.vocabularies()
@@ -59,7 +65,8 @@ class Engine:
         self.golden_difference = float("nan")
         self._weights = [jax.device_put(host[name], device) for name in specs]
         self.recompiled: list[Bucket] = []
-        with ThreadPoolExecutor() as pool:  # reading, hashing, loading and compiling all leave the interpreter
+        # Reading, hashing, loading and compiling all leave the interpreter.
+        with ThreadPoolExecutor(1 if beside else None) as pool:
             found = pool.map(lambda bucket: self._executable(artifact, bucket, device, bool(missing)), manifest.buckets)
             self._executables = dict(zip(manifest.buckets, found, strict=True))
         for bucket, executable in self._executables.items():
@@ -119,7 +126,10 @@ class Engine:
             if not batches:
                 raise ArtifactError(f"artifact {self._path}: no golden request fits bucket {bucket}")
             for number in range(max(WARM_RUNS, len(batches))):
+                begun = time.monotonic()
                 apart = self._replay(bucket, batches[number % len(batches)])
+                if self._beside:
+                    time.sleep(time.monotonic() - begun)
                 if not apart <= self.manifest.golden_tolerance:
                     raise ArtifactError(
                         f"artifact {self._path}: in bucket {bucket} the golden requests' scores are {apart:.2g} of "

@@ -55,6 +55,7 @@ class Shelf:
         self.held = dict.fromkeys(names, "first")
         self.bad: dict[str, str] = {}
         self.loads: list[str] = []
+        self.beside: list[bool] = []
         self.gate = threading.Event()
         self.gate.set()
         self.together = self._now = 0
@@ -71,11 +72,12 @@ class Shelf:
     def refusal(self, tried: Any) -> str:
         return f"tried {dict(tried)}"
 
-    def load(self, version: Version, model: str) -> LiveModel:
+    def load(self, version: Version, model: str, beside: bool) -> LiveModel:
         assert model == "m"
         self._now += 1
         self.together = max(self.together, self._now)
         self.loads.append(version.name)
+        self.beside.append(beside)
         assert self.gate.wait(20)
         self._now -= 1
         if version.name in self.bad:

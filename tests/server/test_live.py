@@ -92,7 +92,7 @@ class Desk:
             on_failed=self.reloader.failed,
         )
 
-    def _load(self, version: Version, model: str) -> LiveModel:
+    def _load(self, version: Version, model: str, beside: bool) -> LiveModel:
         loader = Loader(
             config=CONFIG,
             store=self._store,
@@ -101,7 +101,7 @@ class Desk:
             loop=self._loop,
             on_fatal=lambda live: self.reloader.died(live),
         )
-        live = loader.load(version, model)
+        live = loader.load(version, model, beside)
         if spoil := self._spoil.get(version.name):
             spoil(live.engine)
         return live
@@ -294,7 +294,7 @@ def refusal(root: Path, store: LmdbStore, name: str, model: str = "climber", **c
             **{"config": CONFIG, "device": tiny.device(), **changed},
         )
         with pytest.raises(LoadError) as caught:
-            loader.load(Version(name, root / "climber" / name, ""), model)
+            loader.load(Version(name, root / "climber" / name, ""), model, False)
     finally:
         loop.close()
     assert "\n" not in str(caught.value)

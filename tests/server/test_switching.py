@@ -28,6 +28,7 @@ def test_the_newest_is_served_and_its_successor_is_taken() -> None:
         await desk.reloader.poll()
         assert desk.roles() == {"11": "active"}, "an older version is none to take"
         assert desk.shelf.loads == ["10", "11"]
+        assert desk.shelf.beside == [False, True], "only what is loaded while calls are answered takes its time"
         assert desk.count("flame_reloads_total", result="ok") == 1
 
     run(["9", "10"], test)
