@@ -20,10 +20,12 @@ from flame_jax.commandline import load, refuse
 from flame_jax.config import Config
 from flame_jax.dso.replay import Level, arriving_within, replay, together
 from flame_jax.fke.buckets import Ladder, make_ladder
+from flame_jax.fke.device import target_of
 from flame_jax.fke.footprint import Footprint, measure
 from flame_jax.fke.ladder import Budget, Demand, choose_ladder, largest_for, smallest_largest
 from flame_jax.models.checkpoint import CheckpointError, load_checkpoint
 from flame_jax.models.cost import bucket_cost, filled_cost
+from flame_jax.models.kernel_choice import choose_kernels
 from flame_jax.models.serving import served_slot
 from flame_jax.packing import Bucket
 from flame_jax.trace import Trace, TraceError, read_trace
@@ -198,7 +200,8 @@ def take_measure(args: argparse.Namespace, config: Config, fixed: Ladder, demand
         checkpoint = load_checkpoint(args.checkpoint)
         checkpoint.check_fits(config.model, config.schema, args.checkpoint)
         vocabulary = checkpoint.vocabularies.items.rows
-    largest = fixed[-1]
+    device, largest = jax.devices()[0], fixed[-1]
+    capability = target_of(device).compute_capability
     smallest = Bucket(
         min(int(demand.tokens.min()), *(bucket.tokens for bucket in fixed)),
         min(int(demand.candidates.min()), *(bucket.candidates for bucket in fixed)),
@@ -212,7 +215,8 @@ def take_measure(args: argparse.Namespace, config: Config, fixed: Ladder, demand
             [smallest, Bucket(*middle), largest],
             vocabulary,
             precision=config.export.matmul_precision,
-            device=jax.devices()[0],
+            device=device,
+            kernels=choose_kernels(config.model, config.layout, capability, config.export.kernels),
         )
     except RuntimeError as error:
         raise PlanError(f"buckets can't be compiled here (--no-measure plans without): {error}") from error

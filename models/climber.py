@@ -10,9 +10,11 @@ import numpy as np
 from flax import nnx
 
 from flame_jax.config import ModelConfig
-from flame_jax.models.layers import Drop, Weights, linear, post_norm_layer
+from flame_jax.models.layers import Weights, merge_heads, post_norm_layer
 from flame_jax.models.params import Param, constant, normal
 from flame_jax.models.ranker import Packed, Ranker
+from flame_jax.pallas_kernels.post_attention.api import post_attention
+from flame_jax.pallas_kernels.rows import Drop, linear
 from flame_jax.pallas_kernels.sumi_attention.types import LogBias, Softmax
 from flame_jax.schema import FeatureSchema
 
@@ -44,15 +46,21 @@ class Climber(Ranker):
 
     def represent(self, x: jax.Array, packed: Packed, drop: Drop) -> jax.Array:
         """[blocks, T, d] -> [C, blocks * d]."""
-        depth = self.config.layers
+        depth, heads = self.config.layers, self.config.heads
+        stack = {name: leaf[...] for name, leaf in self.layers.items()}
+        rows = {name: weight for name, weight in stack.items() if name not in ("temperature", "bias")}
+        qkv = list(jnp.split(linear(x, stack["qkv_w"][0], stack["qkv_b"][0]), 3, axis=-1))
         for index in range(depth):
-            weights = {name: leaf[...][index] for name, leaf in self.layers.items()}
+            weights = {name: weight[index] for name, weight in stack.items() if name not in rows}
             attention = packed.attention(
                 Softmax(self._temperature(weights, (len(self.schema.blocks),))),
                 bias=LogBias(weights["bias"]) if "bias" in weights else None,
             )
             first = packed.first_candidate if index == depth - 1 else 0
-            x = post_norm_layer(x, weights, attention, heads=self.config.heads, first=first, drop=drop)
+            q, k, v = (y.reshape(*y.shape[:-1], heads, -1) for y in qkv)
+            attended = merge_heads(attention(q[:, first:], k, v))
+            implementation = packed.kernels.post_attention
+            x, *qkv = post_attention(attended, x[:, first:], rows, index, drop=drop, implementation=implementation)
         z = jnp.moveaxis(x, 0, 1)
         return self._fuse(z, packed, drop) if self.config.climber.fusion else z.reshape(z.shape[0], -1)
 

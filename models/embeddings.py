@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flame_jax.models.params import Column, Param, constant, normal
-from flame_jax.pallas_kernels.segments import Tiles
+from flame_jax.pallas_kernels.segments import Tiles, per_row
 from flame_jax.schema import Feature, FeatureSchema, feature_field
 
 EMBEDDING_SCALE = 0.05
@@ -64,14 +64,14 @@ def embed_tokens(
     x += _rows_or_none(action[...], packed["action"], schema)
     candidates = len(tail.start) * align
     extra = jnp.zeros((candidates, x.shape[-1]), x.dtype)
-    request = jnp.repeat(tail.request, align, total_repeat_length=candidates)
+    request = per_row(tail.request, align)
     item_rows = candidate_items(packed, candidates)
     for group, feature in schema.features:
         name = feature_field(group, feature)
         values = columns[name][...][item_rows] if name in columns else packed[name]
         embedded = embed_feature(feature, features[name][...], values)
         extra += embedded if group == "item" else embedded[request]
-    is_history = jnp.repeat(tail.is_history, align, total_repeat_length=candidates)
+    is_history = per_row(tail.is_history, align)
     extra = jnp.where(is_history[:, None], 0.0, extra)
     return x.at[:, x.shape[1] - candidates :].add(extra)
 

@@ -9,12 +9,13 @@ from flax import nnx
 from flame_jax.config import ModelConfig
 from flame_jax.models.embeddings import EMBEDDING_SCALE
 from flame_jax.models.hstu_layer import hstu_layer, layer_weights
-from flame_jax.models.layers import Attention, Drop, Weights
+from flame_jax.models.layers import Attention, Weights
 from flame_jax.models.meta_stu import stack_from_meta
 from flame_jax.models.one_block import OneBlockRanker
 from flame_jax.models.params import normal
 from flame_jax.models.positions import query_times
 from flame_jax.models.ranker import Packed
+from flame_jax.pallas_kernels.rows import Drop
 from flame_jax.pallas_kernels.sumi_attention.types import Silu, TableBias
 from flame_jax.pallas_kernels.time_buckets import sqrt_bucket
 from flame_jax.schema import FeatureSchema

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flame_jax.config import ModelConfig
-from flame_jax.models.layers import Attention, Drop, Weights, keep, layer_norm, merge_heads, normalise
+from flame_jax.models.layers import Attention, Weights, merge_heads
 from flame_jax.models.params import Param, constant, normal
+from flame_jax.pallas_kernels.rows import Drop, keep, layer_norm, normalise
 
 
 def hstu_layer(

@@ -8,10 +8,10 @@ from flax import nnx
 
 from flame_jax.config import ModelConfig
 from flame_jax.models.embeddings import EMBEDDING_SCALE
-from flame_jax.models.layers import layer_norm
 from flame_jax.models.params import constant, normal
 from flame_jax.models.positions import reversed_positions
 from flame_jax.models.ranker import Packed, Ranker
+from flame_jax.pallas_kernels.rows import layer_norm
 from flame_jax.schema import FeatureSchema
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from flame_jax.models.ranker import Packed
 from flame_jax.packing import REQUEST_TIME
-from flame_jax.pallas_kernels.segments import Tiles, tiles
+from flame_jax.pallas_kernels.segments import Tiles, per_row, tiles
 
 
 def _all_tiles(packed: Packed) -> Tiles:
@@ -27,4 +27,4 @@ def reversed_positions(packed: Packed) -> jax.Array:
 def query_times(packed: Packed) -> jax.Array:
     """int32[T]: the request time of each token's request."""
     every = _all_tiles(packed)
-    return jnp.repeat(packed.rows[every.request, REQUEST_TIME], packed.align, total_repeat_length=packed.time.shape[1])
+    return per_row(packed.rows[every.request, REQUEST_TIME], packed.align)

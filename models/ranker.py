@@ -13,10 +13,12 @@ from flax import nnx
 from flame_jax.config import ModelConfig
 from flame_jax.models.embeddings import EMBEDDING_SCALE, candidate_items, embed_tokens, feature_tables, value_columns
 from flame_jax.models.heads import expert_head, head_weights
-from flame_jax.models.layers import Attention, Drop, keep
+from flame_jax.models.layers import Attention
 from flame_jax.models.params import Param, constant, normal
 from flame_jax.packing import Layout
-from flame_jax.pallas_kernels.segments import Tiles, tiles
+from flame_jax.pallas_kernels.kernels import REFERENCE, Kernels
+from flame_jax.pallas_kernels.rows import Drop, keep
+from flame_jax.pallas_kernels.segments import Tiles, per_row, tiles
 from flame_jax.pallas_kernels.sumi_attention.api import sumi_attention
 from flame_jax.pallas_kernels.sumi_attention.types import Activation, Bias
 from flame_jax.schema import FeatureSchema
@@ -33,6 +35,7 @@ class Packed(NamedTuple):
         align: the layout's alignment.
         window: rows of the longest history.
         tiles_at_once: see `sumi_attention`.
+        kernels: implementation of each operation.
     """
 
     rows: jax.Array
@@ -42,6 +45,7 @@ class Packed(NamedTuple):
     align: int
     window: int
     tiles_at_once: int
+    kernels: Kernels
 
     @property
     def first_candidate(self) -> int:
@@ -60,11 +64,12 @@ class Packed(NamedTuple):
             align=self.align,
             window=self.window,
             tiles_at_once=self.tiles_at_once,
+            implementation=self.kernels.sumi_attention,
         )
 
     def per_candidate(self, per_tile: jax.Array) -> jax.Array:
         """[tiles, ...] -> [C_max, ...]."""
-        return jnp.repeat(per_tile, self.align, axis=0, total_repeat_length=self.candidates)
+        return per_row(per_tile, self.align)
 
 
 class Ranker(nnx.Module, abc.ABC):
@@ -98,6 +103,7 @@ class Ranker(nnx.Module, abc.ABC):
         candidates: int,
         drop: Drop = keep,
         tiles_at_once: int = 1,
+        kernels: Kernels = REFERENCE,
     ) -> jax.Array:
         """Logits of the candidate rows of a packed batch.
 
@@ -106,6 +112,7 @@ class Ranker(nnx.Module, abc.ABC):
             candidates: candidate rows of the bucket (C_max), the last rows of the token axis.
             drop: dropout, when training.
             tiles_at_once: see `sumi_attention`.
+            kernels: implementation of each operation.
 
         Returns:
             float32[candidates, tasks]; rows without a candidate are finite and mean nothing.
@@ -113,7 +120,7 @@ class Ranker(nnx.Module, abc.ABC):
         tokens = fields["item"].shape[1]
         tail = tiles(fields["rows"], align=layout.align, first=tokens - candidates, last=tokens)
         window = min(layout.aligned(self.schema.history_rows), tokens)
-        packed = Packed(fields["rows"], fields["time"], tail, candidates, layout.align, window, tiles_at_once)
+        packed = Packed(fields["rows"], fields["time"], tail, candidates, layout.align, window, tiles_at_once, kernels)
         x = embed_tokens(self.item, self.action, self.features, self.columns, self.schema, fields, tail, layout.align)
         y = self.represent(drop(x.astype(jnp.dtype(self.config.dtype))), packed, drop)
         logits = expert_head({name: leaf[...] for name, leaf in self.head.items()}, y)

@@ -15,6 +15,7 @@ from flame_jax.models.params import WEIGHTS, misfits
 from flame_jax.models.ranker import Ranker
 from flame_jax.models.registry import make_ranker
 from flame_jax.packing import Bucket, Layout, SlotLayout, slot_layout
+from flame_jax.pallas_kernels.kernels import REFERENCE, Kernels
 from flame_jax.schema import FeatureSchema
 
 RankFunction = Callable[[Sequence[jax.Array], jax.Array], jax.Array]
@@ -57,7 +58,7 @@ def served_slot(config: ModelConfig, schema: FeatureSchema, layout: Layout, buck
 
 
 def served_specs(config: ModelConfig, schema: FeatureSchema, vocabulary: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Name -> shape and dtype of what lies on the device: embedding tables in `model.table_dtype`."""
+    """Name -> shape and dtype of what lies on the device: tables in `model.table_dtype`, matrices in `model.dtype`."""
     specs = weight_specs(served_model(config, schema, vocabulary))
     return {name: jax.ShapeDtypeStruct(s.shape, _served_dtype(config, name, s.dtype)) for name, s in specs.items()}
 
@@ -79,7 +80,10 @@ def host_item_table(config: ModelConfig, weights: Mapping[str, np.ndarray]) -> n
 
 
 def _served_dtype(config: ModelConfig, name: str, dtype: Any) -> Any:
-    return jnp.dtype(config.table_dtype) if name == "item" or name.startswith("features/") else dtype
+    if name == "item" or name.startswith("features/"):
+        return jnp.dtype(config.table_dtype)
+    # Matrices are used in the model's dtype: there they need not be converted for every batch. Logits are float32.
+    return jnp.dtype(config.dtype) if name.endswith("_w") and name != "head/logit_w" else dtype
 
 
 def check_weights(expected: Mapping[str, jax.ShapeDtypeStruct], weights: Mapping[str, Any]) -> None:
@@ -118,7 +122,12 @@ def unpack(slot: jax.Array, layout: SlotLayout) -> dict[str, jax.Array]:
 
 
 def rank_function(
-    config: ModelConfig, schema: FeatureSchema, layout: Layout, slot: SlotLayout, vocabulary: int
+    config: ModelConfig,
+    schema: FeatureSchema,
+    layout: Layout,
+    slot: SlotLayout,
+    vocabulary: int,
+    kernels: Kernels = REFERENCE,
 ) -> RankFunction:
     """`rank(weights, slot int32[words]) -> float32[C_max, tasks]`, the probability of every candidate row."""
     graph, state = nnx.split(served_model(config, schema, vocabulary), WEIGHTS)
@@ -127,7 +136,7 @@ def rank_function(
     def rank(weights: Sequence[jax.Array], words: jax.Array) -> jax.Array:
         leaves = [(path, leaf.replace(w)) for (path, leaf), w in zip(flat, weights, strict=True)]
         model = nnx.merge(graph, nnx.from_flat_state(leaves))
-        logits = model(unpack(words, slot), layout=layout, candidates=slot.bucket.candidates)
+        logits = model(unpack(words, slot), layout=layout, candidates=slot.bucket.candidates, kernels=kernels)
         return jax.nn.sigmoid(logits)
 
     return rank

@@ -8,9 +8,10 @@ from flax import nnx
 
 from flame_jax.config import ModelConfig
 from flame_jax.models.climber import layer_weights
-from flame_jax.models.layers import Drop, layer_norm, linear, merge_heads, split_heads
+from flame_jax.models.layers import merge_heads, split_heads
 from flame_jax.models.one_block import OneBlockRanker
 from flame_jax.models.ranker import Packed
+from flame_jax.pallas_kernels.rows import Drop, layer_norm, linear
 from flame_jax.pallas_kernels.sumi_attention.types import Softmax
 from flame_jax.schema import FeatureSchema
 

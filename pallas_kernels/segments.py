@@ -30,6 +30,12 @@ class Tiles(NamedTuple):
     scenario: jax.Array
 
 
+def per_row(per_tile: jax.Array, align: int) -> jax.Array:
+    """[tiles, ...] -> [tiles * align, ...]. A broadcast: `jnp.repeat` becomes several kernels."""
+    shape = (len(per_tile), align, *per_tile.shape[1:])
+    return jnp.broadcast_to(per_tile[:, None], shape).reshape(-1, *per_tile.shape[1:])
+
+
 def tiles(rows: jax.Array, *, align: int, first: int, last: int) -> Tiles:
     """Describe the tiles of token rows [first, last).
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
 import tempfile
 import time
@@ -24,7 +25,7 @@ from flame_jax import __version__
 from flame_jax.config import Config
 from flame_jax.fke.artifact import Artifact
 from flame_jax.fke.buckets import make_ladder
-from flame_jax.fke.compile import PLATFORMS, lower_program, portable_program, serialize
+from flame_jax.fke.compile import lower_program, platforms, portable_program, serialize
 from flame_jax.fke.device import target_of
 from flame_jax.fke.engine import Engine
 from flame_jax.fke.golden import Golden, Packer, golden_records, reference_bucket, score_each
@@ -45,6 +46,7 @@ from flame_jax.fke.tuning import Tuning, compile_tuned, results_file
 from flame_jax.fke.writer import check_place, write_artifact
 from flame_jax.models.checkpoint import Checkpoint
 from flame_jax.models.cost import bucket_cost
+from flame_jax.models.kernel_choice import HOPPER, choose_kernels, in_use
 from flame_jax.models.serving import (
     abstract_model,
     check_weights,
@@ -57,8 +59,9 @@ from flame_jax.packing import Bucket
 from flame_jax.record import RecordLayout
 from flame_jax.vocabulary import Vocabulary
 
+log = logging.getLogger(__name__)
+
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy")
-KERNELS = {"sumi_attention": "xla"}
 
 
 @dataclass(frozen=True)
@@ -142,11 +145,13 @@ def build(config: Config, checkpoint: Checkpoint, builder: Builder) -> Manifest:
     ladder = make_ladder(config.export.buckets, schema, config.layout)
     rows = checkpoint.vocabularies.items.rows
     check_weights(weight_specs(abstract_model(model, schema, rows)), checkpoint.weights)
+    target = target_of(builder.device)
+    kernels = choose_kernels(model, config.layout, target.compute_capability, config.export.kernels)
     weights = served_weights(model, checkpoint.weights)
     item_table = host_item_table(model, checkpoint.weights)
     programs = {
         bucket: portable_program(
-            model, schema, config.layout, bucket, rows, precision=config.export.matmul_precision, platforms=PLATFORMS
+            model, schema, config.layout, bucket, rows, precision=config.export.matmul_precision, kernels=kernels
         )
         for bucket in tqdm(ladder, desc="trace", unit="bucket", disable=not builder.progress or None)
     }
@@ -169,10 +174,10 @@ def build(config: Config, checkpoint: Checkpoint, builder: Builder) -> Manifest:
         model=model,
         schema=schema,
         layout=config.layout,
-        target=target_of(builder.device),
-        platforms=PLATFORMS,
+        target=target,
+        platforms=platforms(kernels),
         matmul_precision=config.export.matmul_precision,
-        kernels=dict(KERNELS),
+        kernels=in_use(model, kernels),
         executables=(),
         golden_tolerance=golden_tolerance(model, config.export.matmul_precision),
     )
@@ -187,8 +192,21 @@ def rebuild(artifact: Artifact, path: Path, builder: Builder) -> Manifest:
         ValueError: its programs can't be compiled for the builder's device.
         OSError: it can't be written.
     """
-    path = check_place(path)
-    return _finish(path, artifact.manifest, artifact.data(), artifact.programs(), builder)
+    path, manifest = check_place(path), artifact.manifest
+    target, fused = target_of(builder.device), "mosaic" in manifest.kernels.values()
+    if fused and target.compute_capability != HOPPER:
+        raise ValueError(
+            f"artifact {artifact.path} holds fused kernels for compute capability {HOPPER}: build from the checkpoint, "
+            f"or with --export.kernels xla, for {target.device_kind}"
+        )
+    if not fused and "mosaic" in choose_kernels(manifest.model, manifest.layout, target.compute_capability):
+        log.warning(
+            "artifact %s holds no fused kernels, and its programs are compiled as they are: built from the checkpoint "
+            "with export.kernels=auto for %s, the model would have them",
+            artifact.path,
+            target.device_kind,
+        )
+    return _finish(path, manifest, artifact.data(), artifact.programs(), builder)
 
 
 def _finish(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, ClassVar
@@ -18,10 +19,13 @@ from flame_jax.config import ModelConfig
 from flame_jax.fke.device import platform_of
 from flame_jax.models.serving import rank_function, served_slot, served_specs
 from flame_jax.packing import Bucket, Layout
+from flame_jax.pallas_kernels.kernels import REFERENCE, Kernels
 from flame_jax.schema import FeatureSchema
 
 PLATFORMS = ("cpu", "cuda")
-"""What portable programs are made for."""
+"""What portable programs without fused kernels are made for."""
+FUSED_PLATFORMS = ("cuda",)
+"""What those with them are made for."""
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -68,7 +72,7 @@ def portable_program(
     vocabulary: int,
     *,
     precision: str,
-    platforms: Sequence[str] = PLATFORMS,
+    kernels: Kernels = REFERENCE,
 ) -> bytes:
     """`rank(weights, slot)` of one bucket as StableHLO, which this JAX and later ones can compile for `platforms`.
 
@@ -79,10 +83,20 @@ def portable_program(
         jax.ShapeDtypeStruct(spec.shape, spec.dtype) for spec in served_specs(model, schema, vocabulary).values()
     ]
     words = jax.ShapeDtypeStruct((slot.words,), np.int32)
-    function = rank_function(model, schema, layout, slot, vocabulary)
+    function = rank_function(model, schema, layout, slot, vocabulary, kernels)
     with jax.default_matmul_precision(precision), _no_locations():
-        exported = jax.export.export(jax.jit(function), platforms=tuple(platforms))(weights, words)
+        exported = jax.export.export(jax.jit(function), platforms=platforms(kernels))(weights, words)
     return bytes(exported.serialize())
+
+
+def platforms(kernels: Kernels) -> tuple[str, ...]:
+    """What programs with these kernels can be compiled for."""
+    return PLATFORMS if kernels == REFERENCE else FUSED_PLATFORMS
+
+
+def load_kernel_runtime() -> None:
+    """Let XLA find what Mosaic GPU kernels call on the host; before such a program is compiled or loaded."""
+    importlib.import_module("jax.experimental.mosaic.gpu")  # it tells where the library is
 
 
 @contextmanager
@@ -109,6 +123,8 @@ def lower_program(program: bytes, device: jax.Device) -> jax.stages.Lowered:
         raise ValueError(f"damaged program: {type(error).__name__}") from error
     if platform_of(device) not in exported.platforms:
         raise ValueError(f"a program for {', '.join(exported.platforms)} can't be compiled for {platform_of(device)}")
+    if exported.platforms == FUSED_PLATFORMS:
+        load_kernel_runtime()
     sharding = jax.sharding.SingleDeviceSharding(device)
     specs = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for a in exported.in_avals]
     try:

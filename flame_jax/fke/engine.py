@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from flame_jax.fke.artifact import Artifact, ArtifactError
-from flame_jax.fke.compile import deserialize, lower_program
+from flame_jax.fke.compile import deserialize, load_kernel_runtime, lower_program
 from flame_jax.fke.device import target_of
 from flame_jax.fke.golden import Golden, Packer, whole
 from flame_jax.fke.manifest import GOLDEN, executable_name, portable_name
@@ -63,6 +63,8 @@ class Engine:
         )
         self.golden = _golden(artifact, self.packer.records)
         self.golden_difference = float("nan")
+        if "mosaic" in manifest.kernels.values():
+            load_kernel_runtime()
         self._weights = [jax.device_put(host[name], device) for name in specs]
         self.recompiled: list[Bucket] = []
         # Reading, hashing, loading and compiling all leave the interpreter.

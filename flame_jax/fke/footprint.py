@@ -12,6 +12,7 @@ import numpy as np
 from flame_jax.config import ModelConfig
 from flame_jax.fke.compile import lower_program, portable_program, serialize
 from flame_jax.packing import Bucket, Layout
+from flame_jax.pallas_kernels.kernels import REFERENCE, Kernels
 from flame_jax.schema import FeatureSchema
 
 
@@ -64,6 +65,7 @@ def measure(
     *,
     precision: str,
     device: jax.Device,
+    kernels: Kernels = REFERENCE,
 ) -> Footprint:
     """Compile buckets for a device, without the compilation cache, and measure.
 
@@ -84,7 +86,7 @@ def measure(
         jax.jit(lambda: 0).lower().compile()  # the backend starts with the first compilation
         for bucket in measured:
             started = time.perf_counter()
-            program = portable_program(model, schema, layout, bucket, vocabulary, precision=precision)
+            program = portable_program(model, schema, layout, bucket, vocabulary, precision=precision, kernels=kernels)
             compiled = lower_program(program, device).compile()
             payload = serialize(compiled)
             seconds.append(time.perf_counter() - started)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 
+from flame_jax.pallas_kernels.kernels import Implementation
 from flame_jax.pallas_kernels.sumi_attention import reference
 from flame_jax.pallas_kernels.sumi_attention.types import Activation, Bias
 
@@ -21,6 +22,7 @@ def sumi_attention(
     align: int,
     window: int,
     tiles_at_once: int = 1,
+    implementation: Implementation = "xla",
 ) -> jax.Array:
     """Attention of packed requests: history sees history, a candidate sees the whole history and itself.
 
@@ -37,7 +39,8 @@ def sumi_attention(
         align: the layout's alignment; T and Q are multiples of it.
         window: longest history of any request, in rows.
         tiles_at_once: query tiles computed together: faster where memory allows; equal bits in every placement are
-            promised for 1 only.
+            promised for 1 only. `xla` only.
+        implementation: `mosaic` needs a Hopper GPU and `mosaic.misfit` to find nothing.
 
     Returns:
         [blocks, Q, heads, dv] in v's dtype. Rows that belong to no request are finite and mean nothing.
@@ -47,6 +50,10 @@ def sumi_attention(
     """
     if k.shape[1] % align or q.shape[1] % align:
         raise ValueError(f"token rows {k.shape[1]} and query rows {q.shape[1]} must be multiples of {align}")
+    if implementation == "mosaic":
+        from flame_jax.pallas_kernels.sumi_attention import mosaic  # CUDA only: its import takes a second
+
+        return mosaic.sumi_attention(q, k, v, rows, time, activation=activation, bias=bias, causal=causal, align=align)
     return reference.sumi_attention(
         q,
         k,

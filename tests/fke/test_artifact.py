@@ -59,7 +59,7 @@ def test_what_is_read_is_what_was_written(pristine: Path) -> None:
     assert manifest.layout == tiny.LAYOUT
     assert manifest.buckets == tiny.BUCKETS
     assert manifest.matmul_precision == "highest"
-    assert manifest.kernels == {"sumi_attention": "xla"}
+    assert manifest.kernels == {"sumi_attention": "xla", "post_attention": "xla"}
     assert sorted(manifest.files) == sorted(FILES)
     weights = artifact.weights()
     assert weights.keys() == tiny.random_weights(3).keys()

@@ -1,0 +1,72 @@
+"""Which implementation each of a model's fused operations gets on a device."""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal
+
+import jax.numpy as jnp
+
+from flame_jax.config import ModelConfig
+from flame_jax.packing import Layout
+from flame_jax.pallas_kernels.kernels import REFERENCE, Implementation, Kernels
+
+HOPPER = "9.0"
+"""The compute capability that the kernels are written for."""
+
+log = logging.getLogger(__name__)
+
+
+def choose_kernels(
+    model: ModelConfig, layout: Layout, capability: str, wanted: Literal["auto", "xla", "mosaic"] = "auto"
+) -> Kernels:
+    """Fused kernels where the device and the model allow them, the reference elsewhere.
+
+    Args:
+        capability: compute capability of the device; empty for none.
+        wanted: `xla` takes the reference everywhere; `mosaic` accepts nothing else.
+
+    Raises:
+        ValueError: `wanted` is `mosaic`, and an operation of the model has no such kernel there.
+    """
+    if wanted == "xla" or (wanted == "auto" and not capability):
+        return REFERENCE
+    if capability != HOPPER:
+        where = f"compute capability {capability}" if capability else "no GPU"
+        misfits = dict.fromkeys(operations(model), f"the kernels are for compute capability {HOPPER}, this is {where}")
+    else:
+        misfits = _misfits(model, layout)
+    for operation, reason in misfits.items():
+        if reason and wanted == "mosaic":
+            raise ValueError(f"export.kernels=mosaic: {operation}: {reason}")
+        if reason:
+            log.warning("model %s: %s is not fused: %s", model.name, operation, reason)
+    fused: dict[str, Implementation] = {operation: "mosaic" for operation, reason in misfits.items() if not reason}
+    return REFERENCE._replace(**fused)
+
+
+def operations(model: ModelConfig) -> tuple[str, ...]:
+    """The fused operations that a model has."""
+    return ("sumi_attention", "post_attention") if model.architecture == "climber" else ("sumi_attention",)
+
+
+def in_use(model: ModelConfig, kernels: Kernels) -> dict[str, str]:
+    """Implementation per operation of this model."""
+    return {operation: getattr(kernels, operation) for operation in operations(model)}
+
+
+def _misfits(model: ModelConfig, layout: Layout) -> dict[str, str]:
+    # Where no kernel is asked for, Pallas need not be imported.
+    from flame_jax.pallas_kernels.post_attention import mosaic as post_attention
+    from flame_jax.pallas_kernels.sumi_attention import mosaic as sumi_attention
+    from flame_jax.pallas_kernels.sumi_attention.types import TableBias
+
+    dtype, hstu = jnp.dtype(model.dtype), model.architecture == "hstu"
+    values = model.hstu.value_dim if hstu else model.head_dim
+    bias = TableBias if hstu and model.hstu.variant == "research" else None
+    inner = model.heads * model.head_dim
+    misfits = {
+        "sumi_attention": sumi_attention.misfit(dtype, model.head_dim, values, layout.align, bias),
+        "post_attention": post_attention.misfit(dtype, model.width, inner, model.ffn, layout.align),
+    }
+    return {operation: misfits[operation] for operation in operations(model)}

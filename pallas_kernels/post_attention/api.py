@@ -1,0 +1,53 @@
+"""The public entry of the row-wise rest of a post-norm layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from flame_jax.pallas_kernels.kernels import Implementation
+from flame_jax.pallas_kernels.post_attention import reference
+from flame_jax.pallas_kernels.rows import Drop, keep, linear
+
+
+def post_attention(
+    attended: jax.Array,
+    x: jax.Array,
+    weights: Mapping[str, jax.Array],
+    layer: int,
+    *,
+    drop: Drop = keep,
+    implementation: Implementation = "xla",
+) -> tuple[jax.Array, ...]:
+    """Output projection, residual, norm, FFN, residual, norm; then the next layer's q, k and v, if there is one.
+
+    Args:
+        attended: [blocks, n, inner], the heads' outputs side by side.
+        x: [blocks, n, d], the layer's input.
+        weights: name -> [layers, blocks, ...]: qkv, out, ffn1, ffn2 with `_w` and `_b`, norm1 and norm2 with `_scale`
+            and `_shift`.
+        layer: which of them.
+        drop: dropout on the projection's and the FFN's output when training.
+        implementation: `mosaic` needs a Hopper GPU and `mosaic.misfit` to find nothing.
+
+    Returns:
+        The layer's output [blocks, n, d], and q, k, v of the layer after it, [blocks, n, inner] each.
+
+    Raises:
+        ValueError: the implementation can't do this.
+    """
+    following = layer + 1 < len(weights["qkv_w"])
+    if implementation == "mosaic":
+        from flame_jax.pallas_kernels.post_attention import mosaic  # CUDA only: its import takes a second
+
+        if drop is not keep:
+            raise ValueError("the mosaic implementation has no dropout")
+        return mosaic.post_attention(attended, x, weights, layer, project=following)
+    one = {name: weight[layer] for name, weight in weights.items()}
+    x = reference.post_attention(attended, x, one, drop=drop)
+    if not following:
+        return (x,)
+    mixed = linear(x, weights["qkv_w"][layer + 1], weights["qkv_b"][layer + 1])
+    return (x, *jnp.split(mixed, 3, axis=-1))

@@ -1,0 +1,117 @@
+"""SUMI attention as one Mosaic GPU kernel (Hopper); docs/kernels.md, "SUMI attention"."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from flame_jax.pallas_kernels import tuned
+from flame_jax.pallas_kernels.hopper import TILE, interpreter
+from flame_jax.pallas_kernels.sumi_attention.mosaic_body import body
+from flame_jax.pallas_kernels.sumi_attention.mosaic_form import Form, Tiling
+from flame_jax.pallas_kernels.sumi_attention.schedule import jobs, key_logs
+from flame_jax.pallas_kernels.sumi_attention.types import Activation, Bias, LogBias, Silu, Softmax, TableBias
+
+
+def sumi_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    rows: jax.Array,
+    time: jax.Array,
+    *,
+    activation: Activation,
+    bias: Bias | None,
+    causal: bool,
+    align: int,
+    tiling: Tiling | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """See `api.sumi_attention`.
+
+    Args:
+        interpret: run on the CPU, slowly.
+
+    Raises:
+        ValueError: `misfit` has something against it.
+    """
+    _, tokens, heads, qk_dim = k.shape
+    v_dim = v.shape[-1]
+    if reason := misfit(v.dtype, qk_dim, v_dim, align, bias):
+        raise ValueError(f"SUMI attention on Mosaic GPU: {reason}")
+    widest = max(qk_dim, v_dim, TILE)
+    # Heads whose scores share a tile's logarithms, as far as registers go.
+    together = max(n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or n * widest <= 128))
+    shape = {
+        "qk_dim": qk_dim,
+        "v_dim": v_dim,
+        "heads": together,
+        "softmax": isinstance(activation, Softmax),
+        "bias": isinstance(bias, LogBias),
+        "causal": causal,
+    }
+    tiling = tiling or tiling_for(shape, q.shape[0] * q.shape[1])
+    form = Form(
+        heads=heads,
+        together=together,
+        qk_dim=qk_dim,
+        v_dim=v_dim,
+        scale=activation.scale if isinstance(activation, Silu) else None,
+        divisor=activation.divisor if isinstance(activation, Silu) else 1.0,
+        biased=isinstance(bias, LogBias),
+        causal=causal,
+        align=align,
+        first=tokens - q.shape[1],
+        dtype=v.dtype,
+        tiling=tiling,
+        interpret=interpret,
+    )
+    work = jobs(rows, align=align, first=form.first, last=tokens, size=TILE * tiling.warpgroups)
+    operands = [work, *(x.reshape(*x.shape[:2], -1) for x in (q, k, v))]
+    if isinstance(activation, Softmax):
+        operands.append(activation.temperature)
+    if isinstance(bias, LogBias):
+        operands += [bias.coefficients, time, key_logs(rows, time, align=align)]
+    return _call(operands, form).reshape(*q.shape[:3], v_dim)
+
+
+def misfit(dtype: Any, qk_dim: int, v_dim: int, align: int, bias: type | Bias | None) -> str:
+    """Why the kernel can't do this; empty where it can."""
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"dtype {jnp.dtype(dtype)} is not bfloat16 or float16"
+    if {qk_dim, v_dim} - {32, 64, 128, 256}:
+        return f"a head has {qk_dim} and {v_dim} dimensions, not 32, 64, 128 or 256"
+    if align % 16:
+        return f"the layout's alignment of {align} is no multiple of 16"
+    if bias is TableBias or isinstance(bias, TableBias):
+        return "it can't look a bias up in a table: Mosaic GPU has no gather"
+    return ""
+
+
+def tiling_for(shape: Mapping[str, Any], rows: int) -> Tiling:
+    """The measured one, or else one that fits the registers and the shared memory."""
+    if found := tuned.best("sumi_attention", shape, rows):
+        return Tiling(**found)
+    return Tiling(warpgroups=1 if max(shape["qk_dim"], shape["v_dim"]) > 128 else 2)
+
+
+# Layers differ in operands only, so that a stack of them is lowered once.
+@partial(jax.jit, static_argnames="form")
+def _call(operands: list[jax.Array], form: Form) -> jax.Array:
+    work, q, *_ = operands
+    call = plgpu.kernel(
+        partial(body, form=form),
+        out_type=jax.ShapeDtypeStruct((*q.shape[:2], form.heads * form.v_dim), form.dtype),
+        grid=(len(work), len(q) * (form.heads // form.together)),
+        grid_names=("job", "stack"),
+        num_threads=form.tiling.warpgroups + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpreter(form.interpret),
+    )
+    return call(*operands)

@@ -1,0 +1,99 @@
+"""The list of query tiles that a fused kernel works off, derived on the device from the request rows."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from flame_jax.packing import (
+    CANDIDATE_COUNT,
+    CANDIDATE_START,
+    HISTORY_LENGTH,
+    HISTORY_START,
+    REQUEST_TIME,
+    SCENARIO,
+)
+from flame_jax.pallas_kernels.segments import per_row
+
+# Columns of a job. One history length per block follows.
+FIRST_ROW, ROWS, KEY_START, POSITION, IS_HISTORY, JOB_SCENARIO, JOB_LENGTH = range(7)
+
+
+def jobs(rows: jax.Array, *, align: int, first: int, last: int, size: int) -> jax.Array:
+    """Cut the token rows [first, last) into tiles of at most `size` rows that never belong to two requests.
+
+    Every row belongs to exactly one job: the rows between histories and candidates, which no request owns, come as
+    candidates without a history, so that a kernel writes something finite there.
+
+    Args:
+        rows: int32[R, 5 + blocks], the request rows of the packed layout; an unused row holds zeros.
+        align: the layout's alignment; `first`, `last` and `size` are multiples of it.
+
+    Returns:
+        int32[jobs, 6 + blocks]: first row, counted from `first`; rows, 0 for an unused job; first key row of the
+        request; position of the first row in its history; whether it lies in the history; scenario; keys per block.
+    """
+    lengths = rows[:, HISTORY_LENGTH:]
+    used = rows[:, CANDIDATE_COUNT] > 0
+    history = _aligned(lengths.max(axis=1), align)
+    begin = rows[:, HISTORY_START]
+    gap = jnp.where(used, begin + history, 0).max(keepdims=True)
+    gap_end = jnp.where(used, rows[:, CANDIDATE_START], last).min(keepdims=True)
+    nobody = jnp.zeros((1,), jnp.int32)
+
+    def parts(of_history: jax.Array, of_candidates: jax.Array, of_nobody: jax.Array) -> jax.Array:
+        return jnp.concatenate([of_history, of_candidates, of_nobody])
+
+    candidates = _aligned(rows[:, CANDIDATE_COUNT], align)
+    start = parts(begin, rows[:, CANDIDATE_START], gap)
+    end = start + parts(history, candidates, gap_end - gap)
+    start = jnp.maximum(start, first)
+    count = jnp.maximum(end - start, 0)
+    key_start = parts(begin, begin, nobody)
+    scenario = parts(rows[:, SCENARIO], rows[:, SCENARIO], nobody)
+    is_history = parts(jnp.ones_like(begin), jnp.zeros_like(begin), nobody)
+    lengths = jnp.concatenate([lengths, lengths, jnp.zeros_like(lengths[:1])])
+
+    # All pairs of parts, and of jobs and parts, are few: comparing them is one small program where scans are many.
+    tiles = -(-count // size)
+    order = jnp.arange(len(tiles), dtype=jnp.int32)
+    ends = jnp.where(order[:, None] >= order, tiles, 0).sum(axis=1)
+    number = jnp.arange(limit(last - first, len(rows), align, size), dtype=jnp.int32)
+    part = jnp.minimum((number[:, None] >= ends).sum(axis=1), len(tiles) - 1)
+    columns = jnp.stack([start, count, key_start, is_history, scenario, ends - tiles], axis=1)
+    chosen = jnp.concatenate([columns, lengths], axis=1)[part]
+    begin, count, key_start, is_history, scenario, before = chosen[:, :6].T
+    offset = (number - before) * size
+    row = begin + offset
+    fields = [row - first, jnp.clip(count - offset, 0, size), key_start, row - key_start, is_history, scenario]
+    return jnp.concatenate([jnp.stack(fields, axis=1), chosen[:, 6:]], axis=1).astype(jnp.int32)
+
+
+def limit(rows: int, requests: int, align: int, size: int) -> int:
+    """Jobs that `rows` token rows of at most so many requests need at most: each part may end in a partial one."""
+    return min(rows // align, rows // size + 2 * requests + 1)
+
+
+def key_logs(rows: jax.Array, time: jax.Array, *, align: int) -> jax.Array:
+    """What a candidate's `LogBias` reads of every history row, which is the same for all candidates of a request.
+
+    Args:
+        time: int32[blocks, T].
+
+    Returns:
+        float32[blocks, 2, T]: log2(1 + |dp|) and log2(1 + |dt|) between a request's candidates and its history rows.
+    """
+    tokens = time.shape[1]
+    start = jnp.arange(0, tokens, align, dtype=jnp.int32)
+    lengths = rows[:, HISTORY_LENGTH:]
+    offset = start[:, None] - rows[None, :, HISTORY_START]
+    request = jnp.argmax((offset >= 0) & (offset < lengths.max(axis=1)), axis=1)
+
+    position = jnp.arange(tokens, dtype=jnp.int32) - per_row(rows[request, HISTORY_START], align)
+    ahead = per_row(lengths[request], align).T - position
+    age = per_row(rows[request, REQUEST_TIME], align) - time
+    return jnp.log2(1.0 + jnp.abs(jnp.stack([ahead, age], axis=1)).astype(jnp.float32))
+
+
+def _aligned(count: jax.Array, align: int) -> jax.Array:
+    return -(-count // align) * align

@@ -1,0 +1,106 @@
+"""The row-wise rest of a post-norm layer against the float64 oracle, every implementation alike."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flame_jax.pallas_kernels.post_attention import mosaic
+from flame_jax.pallas_kernels.post_attention.api import post_attention
+from tests.oracles import climber as oracle
+
+LAYERS, BLOCKS, WIDTH, FFN = 2, 2, 64, 128
+MOSAIC = partial(mosaic.post_attention, interpret=True)
+
+
+def weights(random: np.random.Generator, inner: int) -> dict[str, np.ndarray]:
+    """Matrices that bfloat16 holds exactly."""
+
+    def matrix(rows: int, columns: int) -> np.ndarray:
+        values = random.normal(size=(LAYERS, BLOCKS, rows, columns)) * rows**-0.5
+        return np.asarray(jnp.asarray(values, jnp.bfloat16), np.float32)
+
+    def vector(size: int, mean: float = 0.0) -> np.ndarray:
+        return (mean + 0.1 * random.normal(size=(LAYERS, BLOCKS, size))).astype(np.float32)
+
+    shapes = {"qkv": (WIDTH, 3 * inner), "out": (inner, WIDTH), "ffn1": (WIDTH, FFN), "ffn2": (FFN, WIDTH)}
+    found = {f"{name}_w": matrix(*shape) for name, shape in shapes.items()}
+    found |= {f"{name}_b": vector(columns) for name, (_, columns) in shapes.items()}
+    for norm in ("norm1", "norm2"):
+        found |= {f"{norm}_scale": vector(WIDTH, 1.0), f"{norm}_shift": vector(WIDTH)}
+    return found
+
+
+def expected(attended: np.ndarray, x: np.ndarray, own: dict[str, np.ndarray]) -> np.ndarray:
+    """One block's rows, by the oracle's pieces."""
+    w = {name: value.astype(np.float64) for name, value in own.items()}
+
+    def norm(y: np.ndarray, name: str) -> np.ndarray:
+        return np.stack([oracle.layer_norm(row, w[f"{name}_scale"], w[f"{name}_shift"]) for row in y])
+
+    y = norm(x + attended @ w["out_w"] + w["out_b"], "norm1")
+    hidden = oracle.relu(y @ w["ffn1_w"] + w["ffn1_b"])
+    return norm(y + hidden @ w["ffn2_w"] + w["ffn2_b"], "norm2")
+
+
+@pytest.mark.parametrize(
+    ("implementation", "dtype", "tolerance"), [("xla", jnp.float32, 1e-5), ("mosaic", jnp.bfloat16, 0.04)]
+)
+@pytest.mark.parametrize(("rows", "inner", "layer"), [(192, 64, 0), (64, 128, 1)])
+def test_it_matches_the_oracle_and_projects_for_the_layer_after(
+    implementation: str, dtype: Any, tolerance: float, rows: int, inner: int, layer: int
+) -> None:
+    random = np.random.default_rng(rows)
+    w = weights(random, inner)
+    attended, x = (
+        np.asarray(jnp.asarray(random.normal(size=(BLOCKS, rows, n)), dtype), np.float32) for n in (inner, WIDTH)
+    )
+    run = partial(MOSAIC, project=layer + 1 < LAYERS) if implementation == "mosaic" else post_attention
+    found = run(
+        jnp.asarray(attended, dtype), jnp.asarray(x, dtype), {name: jnp.asarray(v) for name, v in w.items()}, layer
+    )
+    assert len(found) == (4 if layer + 1 < LAYERS else 1)
+    for block in range(BLOCKS):
+        y = expected(attended[block], x[block], {name: v[layer, block] for name, v in w.items()})
+        np.testing.assert_allclose(np.asarray(found[0][block], np.float32), y, rtol=0, atol=tolerance)
+        if len(found) > 1:
+            mixed = y @ w["qkv_w"][layer + 1, block] + w["qkv_b"][layer + 1, block]
+            for mine, theirs in zip(found[1:], np.split(mixed, 3, axis=-1), strict=True):
+                np.testing.assert_allclose(np.asarray(mine[block], np.float32), theirs, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"dtype": jnp.float32}, "dtype float32"),
+        ({"width": 96}, "width is 96"),
+        ({"inner": 256}, "256 dimensions"),
+        ({"hidden": 100}, "100 are no multiple"),
+        ({"rows": 16}, "16 rows are no multiple"),
+    ],
+)
+def test_what_the_kernel_can_not_do_is_said(changed: dict[str, Any], reason: str) -> None:
+    able = {"dtype": jnp.bfloat16, "width": 128, "inner": 128, "hidden": 512, "rows": 64}
+    assert not mosaic.misfit(**able)
+    assert reason in mosaic.misfit(**able | changed)
+
+
+def test_a_kernel_without_dropout_refuses_it() -> None:
+    random = np.random.default_rng(0)
+    x, w = jnp.zeros((BLOCKS, 64, 64), jnp.bfloat16), {n: jnp.asarray(v) for n, v in weights(random, 64).items()}
+    with pytest.raises(ValueError, match="no dropout"):
+        post_attention(x, x, w, 0, drop=lambda y: y * 0.5, implementation="mosaic")
+
+
+def test_a_rows_bits_do_not_depend_on_where_it_lies() -> None:
+    random = np.random.default_rng(1)
+    w = {name: jnp.asarray(v) for name, v in weights(random, 64).items()}
+    x = jnp.asarray(random.normal(size=(BLOCKS, 192, 64)), jnp.bfloat16)
+    moved = jnp.roll(x, 64, axis=1)
+    for here, there in zip(MOSAIC(x, x, w, 0, project=True), MOSAIC(moved, moved, w, 0, project=True), strict=True):
+        assert (jax.device_get(jnp.roll(here, 64, axis=1)) == jax.device_get(there)).all()

@@ -1,0 +1,49 @@
+"""Measured block sizes as data."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from flame_jax.pallas_kernels import tuned
+from flame_jax.pallas_kernels.post_attention import mosaic as post_attention
+from flame_jax.pallas_kernels.sumi_attention import mosaic as sumi_attention
+from flame_jax.pallas_kernels.sumi_attention.mosaic_form import Tiling
+
+SHAPE = {"width": 128, "inner": 128, "hidden": 512}
+ENTRIES = {
+    "post_attention": [
+        {"shape": SHAPE, "rows": 100, "tiling": {"warpgroups": 1, "chunk": 64, "stages": 2}},
+        {"shape": SHAPE, "rows": 10000, "tiling": {"warpgroups": 3, "chunk": 64, "stages": 2}},
+    ]
+}
+
+
+@pytest.fixture(autouse=True)
+def entries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuned, "_entries", lambda: ENTRIES)
+    tuned._tell.cache_clear()
+
+
+@pytest.mark.parametrize(("rows", "warpgroups"), [(1, 1), (900, 1), (1100, 3), (10**6, 3)])
+def test_the_nearest_measurement_counts(rows: int, warpgroups: int) -> None:
+    assert post_attention.tiling_for(SHAPE, rows) == post_attention.Tiling(warpgroups, 64, 2)
+
+
+def test_a_shape_that_was_not_measured_is_told_once_and_guessed(caplog: pytest.LogCaptureFixture) -> None:
+    shape = {"qk_dim": 256, "v_dim": 64}
+    with caplog.at_level(logging.WARNING):
+        guesses = {sumi_attention.tiling_for(shape, rows) for rows in (1, 1000)}
+    assert guesses == {Tiling(warpgroups=1)}
+    (record,) = caplog.records
+    assert "sumi_attention has no measured block sizes" in record.getMessage()
+
+
+@pytest.mark.parametrize("module", [sumi_attention, post_attention])
+def test_what_is_shipped_names_tilings(module: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    operation = module.__name__.split(".")[-2]  # type: ignore[attr-defined]
+    for entry in tuned._entries().get(operation, []):
+        assert entry["rows"] > 0
+        assert module.tiling_for(entry["shape"], entry["rows"])  # type: ignore[attr-defined]
