@@ -12,11 +12,10 @@ import argparse
 import json
 import os
 import shlex
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ import numpy as np
 from flax import nnx
 
 from bench.environment import describe
+from bench.timing import Launch, side_by_side
 from flame_jax.commandline import load
 from flame_jax.config import Config
 from flame_jax.fke.artifact import Artifact
@@ -44,8 +44,6 @@ from flame_jax.vocabulary import Vocabularies, Vocabulary
 
 ITEMS = 2000
 """Of an untrained model: its table's size does not move the time of a batch."""
-ROUNDS = 7
-ROUND_SECONDS = 0.15
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -116,8 +114,7 @@ def measure(path: Path, scratch: Path) -> dict[str, Any]:
         engine.warm()
     rows = {}
     for bucket in guessed.manifest.buckets:
-        times = side_by_side([runner(engine, bucket, device) for engine in engines.values()])
-        milliseconds = dict(zip(engines, times, strict=True))
+        milliseconds = side_by_side({name: runner(engine, bucket, device) for name, engine in engines.items()})
         rows[str(bucket)] = {
             "ms": milliseconds,
             "tuned_to_here": milliseconds["tuned"] / milliseconds["here"],
@@ -154,26 +151,10 @@ def same_bits(one: Engine, other: Engine, bucket: Bucket) -> bool:
     return all(first[r].tobytes() == second[r].tobytes() for r in rows)
 
 
-def runner(engine: Engine, bucket: Bucket, device: jax.Device) -> Callable[[], jax.Array]:
+def runner(engine: Engine, bucket: Bucket, device: jax.Device) -> Launch:
     """Launches one batch whose slot already lies on the device."""
     words = jax.device_put(np.zeros(engine.slots[bucket].words, np.int32), device)
     return lambda: engine.launch(bucket, words)
-
-
-def side_by_side(runs: Sequence[Callable[[], jax.Array]]) -> list[float]:
-    """Median over rounds of milliseconds a call, pipelined; the runs take turns within a round."""
-    counts = [max(5, int(ROUND_SECONDS * 1e3 / max(_milliseconds(run, 5), 1e-3))) for run in runs]
-    rounds = [[_milliseconds(run, n) for run, n in zip(runs, counts, strict=True)] for _ in range(ROUNDS)]
-    return [statistics.median(column) for column in zip(*rounds, strict=True)]
-
-
-def _milliseconds(run: Callable[[], jax.Array], count: int) -> float:
-    run().block_until_ready()
-    started = time.perf_counter()
-    for _ in range(count):
-        last = run()
-    last.block_until_ready()
-    return (time.perf_counter() - started) * 1e3 / count
 
 
 if __name__ == "__main__":

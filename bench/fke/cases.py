@@ -1,0 +1,97 @@
+"""The shapes that are tuned and timed: the configurations' own."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flame_jax.packing import CANDIDATE_COUNT, CANDIDATE_START, REQUEST_TIME, Bucket, Extent, Layout, place
+from flame_jax.pallas_kernels.sumi_attention.types import Activation, Bias, LogBias, Silu, Softmax
+
+NOW = 1_700_000_000
+
+
+class AttentionCase(NamedTuple):
+    """A batch of requests for one attention.
+
+    Attributes:
+        softmax: with a log bias and temperatures; else SiLU, causal, without a bias.
+        extents: requests.
+    """
+
+    name: str
+    blocks: int
+    heads: int
+    dim: int
+    softmax: bool
+    extents: tuple[Extent, ...]
+
+    @property
+    def layout(self) -> Layout:
+        """As configured by default, with room for these requests."""
+        return Layout(align=64, max_requests=max(32, len(self.extents)))
+
+    @property
+    def bucket(self) -> Bucket:
+        """The smallest one that holds them."""
+        aligned = [self.layout.aligned_extent(e) for e in self.extents]
+        candidates = sum(a.candidates for a in aligned)
+        return Bucket(sum(a.history for a in aligned) + candidates, candidates)
+
+    @property
+    def flops(self) -> int:
+        """Useful ones: of pairs that are seen."""
+        pairs = 0
+        for n, c in self.extents:
+            pairs += (n * n if self.softmax else n * (n + 1) // 2) + c * (n + 1)
+        return 4 * self.blocks * self.heads * self.dim * pairs
+
+
+def _alike(name: str, count: int, extent: tuple[int, int]) -> AttentionCase:
+    return AttentionCase(name, 2, 2, 64, softmax=True, extents=(Extent(*extent),) * count)
+
+
+CLIMBER = [
+    _alike("climber_base B=1", 1, (256, 128)),
+    _alike("climber_base B=8", 8, (256, 128)),
+    _alike("climber_base B=32", 32, (256, 128)),
+    _alike("climber_long B=1", 1, (512, 512)),
+    _alike("climber_long B=8", 8, (512, 512)),
+    _alike("climber_long B=32", 32, (512, 512)),
+]
+HSTU = [
+    AttentionCase("hstu_dlrmv3 B=1", 1, 4, 128, softmax=False, extents=(Extent(1024, 2048),)),
+    AttentionCase("hstu_dlrmv3 B=32", 1, 4, 128, softmax=False, extents=(Extent(1024, 2048),) * 32),
+]
+CAUSAL = [
+    # One candidate: a history alone is what the published figures are of.
+    AttentionCase(f"causal SiLU 16 x {n}", 1, 4, 128, softmax=False, extents=(Extent(n, 1),) * 16)
+    for n in (1024, 2048, 4096, 8192)
+]
+
+
+def inputs(case: AttentionCase, seed: int = 0) -> tuple[tuple[jax.Array, ...], Activation, Bias | None]:
+    """q, k, v, rows, time on the device; the activation and the bias."""
+    random, bucket = np.random.default_rng(seed), case.bucket
+    shape = (case.blocks, bucket.tokens, case.heads, case.dim)
+    keys = jax.random.split(jax.random.key(seed), 3)
+    q, k, v = (jax.random.normal(key, shape, jnp.bfloat16) for key in keys)
+    rows = np.zeros((case.layout.max_requests, 5 + case.blocks), np.int32)
+    time = np.sort(NOW - np.exp(random.uniform(0, 17, (case.blocks, bucket.tokens)))).astype(np.int32)
+    for number, (extent, where) in enumerate(zip(case.extents, place(case.extents, bucket, case.layout), strict=True)):
+        start, lengths = where.candidate_start, [extent.history] * case.blocks
+        rows[number] = (where.history_start, start, extent.candidates, 0, NOW, *lengths)
+        time[:, start : start + case.layout.aligned(extent.candidates)] = rows[number, REQUEST_TIME]
+    assert rows[0, CANDIDATE_START] + rows[0, CANDIDATE_COUNT] <= bucket.tokens
+    arrays = (q, k, v, jnp.asarray(rows), jnp.asarray(time))
+    if not case.softmax:
+        return arrays, Silu(case.dim**-0.5, 16384.0), None
+    per_head = (case.blocks, 1, case.heads)
+    return (
+        arrays,
+        Softmax(jnp.full(per_head, case.dim**0.5, jnp.float32)),
+        LogBias(jnp.asarray(0.1 * random.normal(size=(*per_head, 3)), jnp.float32)),
+    )

@@ -1,0 +1,193 @@
+"""Are the kernels right on this device? Random request tables against float64, poisoned memory, moved requests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bench.fke import oracle
+from flame_jax.packing import CANDIDATE_START, REQUEST_TIME, Bucket, Extent, Layout, place
+from flame_jax.pallas_kernels.post_attention import api as post_attention_api
+from flame_jax.pallas_kernels.post_attention import mosaic as post_attention
+from flame_jax.pallas_kernels.sumi_attention import mosaic as sumi_attention
+from flame_jax.pallas_kernels.sumi_attention.types import LogBias, Silu, Softmax
+
+LAYOUT, BUCKET, SCENARIOS = Layout(align=64, max_requests=64), Bucket(12288, 8192), 3
+TOLERANCE = {0.99: 0.01, 1.0: 0.06}
+"""Share of the elements -> largest difference, in units of the values' spread: bfloat16 holds three digits."""
+
+
+Report = Callable[[str, bool], None]
+
+
+class Attention(NamedTuple):
+    """One form of the kernel."""
+
+    name: str
+    blocks: int
+    heads: int
+    qk_dim: int
+    v_dim: int
+    softmax: bool
+    bias: bool
+    causal: bool
+
+
+ATTENTIONS = [
+    Attention("climber", 2, 2, 64, 64, softmax=True, bias=True, causal=False),
+    Attention("softmax", 1, 4, 64, 64, softmax=True, bias=False, causal=False),
+    Attention("softmax causal, bias", 1, 2, 32, 32, softmax=True, bias=True, causal=True),
+    Attention("hstu", 1, 2, 128, 128, softmax=False, bias=False, causal=True),
+    Attention("silu, bias", 1, 2, 64, 128, softmax=False, bias=True, causal=True),
+    Attention("wide heads", 1, 1, 256, 256, softmax=False, bias=False, causal=True),
+]
+
+
+def tables(random: np.random.Generator) -> Iterator[tuple[str, list[Extent]]]:
+    """Batches: what each of them is, and its requests."""
+    yield "one candidate, no history", [Extent(0, 1)]
+    yield "4,000 candidates", [Extent(777, 4000)]
+    yield "64 requests", [Extent(int(random.integers(0, 65)), int(random.integers(1, 65))) for _ in range(64)]
+    yield "full", [Extent(4096, 8192)]
+    for number in range(3):
+        count = int(random.integers(1, 20))
+        yield (
+            f"random {number}",
+            [Extent(int(random.integers(0, 257)), int(random.integers(1, 385))) for _ in range(count)],
+        )
+
+
+def check(report: Report, seed: int = 0) -> None:
+    """Report every check, of the block sizes that are served, by name and outcome."""
+    for attention in ATTENTIONS:
+        _guarded(partial(_check_attention, attention), f"sumi_attention {attention.name}", report, seed)
+    _guarded(_check_layer, "post_attention", report, seed)
+
+
+def _guarded(run: Callable[[str, Report, np.random.Generator], None], name: str, report: Report, seed: int) -> None:
+    try:
+        run(name, report, np.random.default_rng(seed))
+    except Exception as error:  # a kernel that does not compile is a miss like another
+        report(f"{name}: {type(error).__name__}: {str(error)[:300]}", False)
+
+
+def request_rows(extents: list[Extent], blocks: int, random: np.random.Generator) -> np.ndarray:
+    """int32[R, 5 + blocks]; the first block's history is the longest."""
+    rows = np.zeros((LAYOUT.max_requests, 5 + blocks), np.int32)
+    for number, (extent, where) in enumerate(zip(extents, place(extents, BUCKET, LAYOUT), strict=True)):
+        lengths = [extent.history, *random.integers(0, extent.history + 1, blocks - 1).tolist()]
+        scenario, now = random.integers(SCENARIOS), random.integers(10**9, 2 * 10**9)
+        rows[number] = (where.history_start, where.candidate_start, extent.candidates, scenario, now, *lengths)
+    return rows
+
+
+def _check_attention(attention: Attention, name: str, report: Report, random: np.random.Generator) -> None:
+    blocks, heads, tokens = attention.blocks, attention.heads, BUCKET.tokens
+    shape = (blocks, SCENARIOS, heads)
+    form = oracle.Form(
+        temperature=random.uniform(4, 12, shape).astype(np.float32) if attention.softmax else None,
+        scale=attention.qk_dim**-0.5,
+        divisor=32.0,
+        coefficients=(0.3 * random.normal(size=(*shape, 3))).astype(np.float32) if attention.bias else None,
+        causal=attention.causal,
+    )
+
+    def run(q: jax.Array, k: jax.Array, v: jax.Array, rows: jax.Array, time: jax.Array, *given: jax.Array) -> jax.Array:
+        left = list(given)
+        activation = Softmax(left.pop(0)) if attention.softmax else Silu(form.scale, form.divisor)
+        bias = LogBias(left.pop(0)) if attention.bias else None
+        return sumi_attention.sumi_attention(
+            q, k, v, rows, time, activation=activation, bias=bias, causal=attention.causal, align=LAYOUT.align
+        )
+
+    given = [x for x in (form.temperature, form.coefficients) if x is not None]
+    dims = (attention.qk_dim, attention.qk_dim, attention.v_dim)
+    arrays = [np.asarray(random.normal(size=(blocks, tokens, heads, dim)), jnp.bfloat16) for dim in dims]
+    time = np.sort(random.integers(0, 2 * 10**9, (blocks, tokens))).astype(np.int32)
+    compiled, bits = jax.jit(run), {}
+    ours = Extent(200, 70)
+    batches = [*tables(random), ("alone", [ours]), ("among others", [Extent(130, 9), ours, Extent(1, 1)])]
+    for what, extents in batches:
+        rows = request_rows(extents, blocks, random)
+        inputs, when = list(arrays), time.copy()
+        if ours in extents:
+            rows[extents.index(ours)] = _same_request(rows[extents.index(ours)], blocks)
+            inputs, when = _moved(arrays, time, rows[extents.index(ours)])
+        for row in rows[rows[:, 2] > 0]:
+            when[:, row[CANDIDATE_START] : row[CANDIDATE_START] + row[2]] = row[REQUEST_TIME]
+        poison(blocks * tokens * heads * attention.v_dim)
+        out = np.asarray(compiled(*inputs, rows, when, *given), np.float32)
+        worst, good = _distance(out, inputs, rows, when, form, attention)
+        report(f"{name}: {what}: {worst:.4f}", good and bool(np.isfinite(out).all()))
+        if ours in extents:
+            row = rows[extents.index(ours)]
+            at = np.concatenate([row[0] + np.arange(ours.history), row[1] + np.arange(ours.candidates)])
+            bits[what] = out[0, at]
+    report(f"{name}: equal bits alone and among others", np.array_equal(bits["alone"], bits["among others"]))
+
+
+def _same_request(row: np.ndarray, blocks: int) -> np.ndarray:
+    """The request whose bits are compared, wherever it lies."""
+    return np.array([row[0], row[1], row[2], 1, 1_500_000_000, row[5], *([row[5] // 2] * (blocks - 1))], np.int32)
+
+
+def _moved(arrays: list[np.ndarray], time: np.ndarray, row: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+    """The same numbers, taken from the front of the arrays, at the request's place."""
+    n, count = int(row[5]), int(row[2])
+    at = np.concatenate([row[0] + np.arange(n), row[1] + np.arange(count)])
+    moved = [x.copy() for x in arrays]
+    for mine, source in zip(moved, arrays, strict=True):
+        mine[:, at] = source[:, : len(at)]
+    when = time.copy()
+    when[:, at] = time[:, : len(at)]
+    return moved, when
+
+
+def _distance(
+    out: np.ndarray, arrays: list[np.ndarray], rows: np.ndarray, time: np.ndarray, form: oracle.Form, about: Attention
+) -> tuple[float, bool]:
+    """Largest difference from the oracle, and whether all of them are within the tolerances."""
+    found, largest = [], 1.0
+    for row in rows[rows[:, 2] > 0]:
+        for block in range(about.blocks):
+            for head in range(about.heads):
+                q, k, v = (x[block, :, head].astype(np.float64) for x in arrays)
+                at, expected = oracle.attention(q, k, v, row, time[block].astype(np.int64), block, head, form)
+                found.append(np.abs(out[block, at, head] - expected).ravel())
+                largest = max(largest, float(expected.std()))
+    every = np.concatenate(found) / largest
+    return float(every.max()), all(np.quantile(every, share) <= limit for share, limit in TOLERANCE.items())
+
+
+def poison(elements: int) -> None:
+    """Leave NaN in freed device memory of this size, which the next output is likely to get."""
+    for _ in range(2):
+        jnp.full((elements,), jnp.nan, jnp.bfloat16).block_until_ready().delete()
+
+
+def _check_layer(name: str, report: Report, random: np.random.Generator) -> None:
+    layers, blocks, width, hidden = 2, 2, 128, 512
+    shapes = {"qkv": (width, 3 * width), "out": (width, width), "ffn1": (width, hidden), "ffn2": (hidden, width)}
+    weights = {f"{n}_w": random.normal(size=(layers, blocks, *s)) * s[0] ** -0.5 for n, s in shapes.items()}
+    weights |= {f"{n}_b": 0.1 * random.normal(size=(layers, blocks, s[1])) for n, s in shapes.items()}
+    for norm in ("norm1", "norm2"):
+        weights[f"{norm}_scale"] = 1 + 0.1 * random.normal(size=(layers, blocks, width))
+        weights[f"{norm}_shift"] = 0.1 * random.normal(size=(layers, blocks, width))
+    given = {n: jnp.asarray(w, jnp.bfloat16 if n.endswith("_w") else jnp.float32) for n, w in weights.items()}
+    exact = {n: w.astype(jnp.float32) for n, w in given.items()}
+    for rows in (64, 320, 4096):
+        attended, x = (jnp.asarray(random.normal(size=(blocks, rows, width)), jnp.bfloat16) for _ in range(2))
+        run = partial(post_attention.post_attention, project=True)
+        poison(blocks * rows * width)
+        found = jax.jit(lambda a, x, run=run: run(a, x, given, 0))(attended, x)
+        with jax.default_matmul_precision("highest"):
+            expected = post_attention_api.post_attention(attended.astype(jnp.float32), x.astype(jnp.float32), exact, 0)
+        apart = [np.abs(np.asarray(a, np.float32) - np.asarray(b)) for a, b in zip(found, expected, strict=True)]
+        every = np.concatenate([a.ravel() for a in apart])
+        good = np.isfinite(every).all() and all(np.quantile(every, s) <= 2 * limit for s, limit in TOLERANCE.items())
+        report(f"{name}: {rows} rows: {every.max():.4f}", bool(good))
