@@ -109,9 +109,9 @@ def _fastest(
     operands: list[jax.Array],
     progress: Callable[[str], None],
 ) -> Row:
-    lowered = {str(t): jax.jit(partial(run, t)).lower(*operands) for t in tilings}
     with ThreadPoolExecutor() as pool:
-        compiled = dict(zip(lowered, pool.map(_compile, lowered.values()), strict=True))
+        programs = pool.map(_compile, (partial(run, tiling) for tiling in tilings), [operands] * len(tilings))
+        compiled = dict(zip(map(str, tilings), programs, strict=True))
     launches: dict[str, Callable[[], jax.Array]] = {}
     launches |= {tiling: partial(c, *operands) for tiling, c in compiled.items() if not isinstance(c, str)}
     for tiling, error in compiled.items():
@@ -126,9 +126,9 @@ def _fastest(
     return Row(operation, name, shape, rows, microseconds, vars(chosen))
 
 
-def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled | str:
+def _compile(function: Callable[..., jax.Array], operands: list[jax.Array]) -> jax.stages.Compiled | str:
     try:
-        return lowered.compile()
+        return jax.jit(function).lower(*operands).compile()
     except Exception as error:  # told, and left out
         return f"{type(error).__name__}: {str(error)[-200:]}"
 
