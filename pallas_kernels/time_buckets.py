@@ -10,13 +10,14 @@ LOG_WIDTH = 0.301
 """Width of a logarithmic bucket in natural logarithms of seconds (the first HSTU paper's code)."""
 
 _LIMIT = 2**31 - 1
-# Smallest |difference| of bucket 1, 2, ...; no threshold e^(0.301 k) is an integer, so there are no ties.
-_LOG_THRESHOLDS = np.array([t for k in range(1, 72) if (t := int(np.ceil(np.exp(LOG_WIDTH * k)))) <= _LIMIT], np.int32)
+# No threshold e^(0.301 k) is an integer, so there are no ties.
+LOG_THRESHOLDS = np.array([t for k in range(1, 72) if (t := int(np.ceil(np.exp(LOG_WIDTH * k)))) <= _LIMIT], np.int32)
+"""Smallest |difference| of bucket 1, 2, ..."""
 
 
 def log_bucket(difference: jax.Array, rows: int) -> jax.Array:
     """min(floor(ln(max(|d|, 1)) / 0.301), rows - 1) of int32 d in (-2^31, 2^31)."""
-    bucket = jnp.searchsorted(jnp.asarray(_LOG_THRESHOLDS), jnp.abs(difference), side="right")
+    bucket = jnp.searchsorted(jnp.asarray(LOG_THRESHOLDS), jnp.abs(difference), side="right")
     return jnp.minimum(bucket.astype(jnp.int32), rows - 1)
 
 
