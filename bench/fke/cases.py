@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flame_jax.packing import CANDIDATE_COUNT, CANDIDATE_START, REQUEST_TIME, Bucket, Extent, Layout, place
+from flame_jax.packing import REQUEST_TIME, Bucket, Extent, Layout, place
 from flame_jax.pallas_kernels.sumi_attention.types import Activation, Bias, LogBias, Silu, Softmax
 
 NOW = 1_700_000_000
@@ -85,7 +85,6 @@ def inputs(case: AttentionCase, seed: int = 0) -> tuple[tuple[jax.Array, ...], A
         start, lengths = where.candidate_start, [extent.history] * case.blocks
         rows[number] = (where.history_start, start, extent.candidates, 0, NOW, *lengths)
         time[:, start : start + case.layout.aligned(extent.candidates)] = rows[number, REQUEST_TIME]
-    assert rows[0, CANDIDATE_START] + rows[0, CANDIDATE_COUNT] <= bucket.tokens
     arrays = (q, k, v, jnp.asarray(rows), jnp.asarray(time))
     if not case.softmax:
         return arrays, Silu(case.dim**-0.5, 16384.0), None
@@ -95,3 +94,16 @@ def inputs(case: AttentionCase, seed: int = 0) -> tuple[tuple[jax.Array, ...], A
         Softmax(jnp.full(per_head, case.dim**0.5, jnp.float32)),
         LogBias(jnp.asarray(0.1 * random.normal(size=(*per_head, 3)), jnp.float32)),
     )
+
+
+def layer_weights(random: np.random.Generator, width: int = 128, hidden: int = 512) -> dict[str, jax.Array]:
+    """Two post-norm layers of two blocks, by name: bfloat16 matrices, float32 vectors."""
+    sizes = {"qkv": (width, 3 * width), "out": (width, width), "ffn1": (width, hidden), "ffn2": (hidden, width)}
+    weights = {}
+    for name, (rows, columns) in sizes.items():
+        weights[f"{name}_w"] = jnp.asarray(random.normal(size=(2, 2, rows, columns)) * rows**-0.5, jnp.bfloat16)
+        weights[f"{name}_b"] = jnp.asarray(0.1 * random.normal(size=(2, 2, columns)), jnp.float32)
+    for name in ("norm1", "norm2"):
+        weights[f"{name}_scale"] = jnp.asarray(1 + 0.1 * random.normal(size=(2, 2, width)), jnp.float32)
+        weights[f"{name}_shift"] = jnp.asarray(0.1 * random.normal(size=(2, 2, width)), jnp.float32)
+    return weights

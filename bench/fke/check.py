@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.fke import oracle
+from bench.fke.cases import layer_weights
 from flame_jax.packing import CANDIDATE_START, REQUEST_TIME, Bucket, Extent, Layout, place
 from flame_jax.pallas_kernels.post_attention import api as post_attention_api
 from flame_jax.pallas_kernels.post_attention import mosaic as post_attention
@@ -171,14 +172,7 @@ def poison(elements: int) -> None:
 
 
 def _check_layer(name: str, report: Report, random: np.random.Generator) -> None:
-    layers, blocks, width, hidden = 2, 2, 128, 512
-    shapes = {"qkv": (width, 3 * width), "out": (width, width), "ffn1": (width, hidden), "ffn2": (hidden, width)}
-    weights = {f"{n}_w": random.normal(size=(layers, blocks, *s)) * s[0] ** -0.5 for n, s in shapes.items()}
-    weights |= {f"{n}_b": 0.1 * random.normal(size=(layers, blocks, s[1])) for n, s in shapes.items()}
-    for norm in ("norm1", "norm2"):
-        weights[f"{norm}_scale"] = 1 + 0.1 * random.normal(size=(layers, blocks, width))
-        weights[f"{norm}_shift"] = 0.1 * random.normal(size=(layers, blocks, width))
-    given = {n: jnp.asarray(w, jnp.bfloat16 if n.endswith("_w") else jnp.float32) for n, w in weights.items()}
+    blocks, width, given = 2, 128, layer_weights(random)
     exact = {n: w.astype(jnp.float32) for n, w in given.items()}
     for rows in (64, 320, 4096):
         attended, x = (jnp.asarray(random.normal(size=(blocks, rows, width)), jnp.bfloat16) for _ in range(2))

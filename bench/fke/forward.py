@@ -48,7 +48,7 @@ def forward(case: Case, device: Any, progress: Callable[[str], None]) -> dict[st
     runs = {FUSED: packed_run(inputs, kernels), "reference": packed_run(inputs), **jax_runs(inputs)}
     scores, failed = _first(runs, progress)
     runs = {name: run for name, run in runs.items() if name in scores}
-    milliseconds = side_by_side({name: run.launch for name, run in runs.items()}, wait=_wait(runs))
+    milliseconds = side_by_side({name: run.launch for name, run in runs.items()})
     others = {n: ms for n, ms in milliseconds.items() if n not in (FUSED, "reference")}
     best = min(others, key=lambda n: others[n])
     flops = case.requests * request_cost(config.model, config.schema, case.history, case.candidates).layers
@@ -80,10 +80,6 @@ def _first(runs: dict[str, Run], progress: Callable[[str], None]) -> tuple[dict[
             failed[name] = f"{type(error).__name__}: {str(error)[:300]}"
             progress(f"{name} failed: {failed[name]}")
     return scores, failed
-
-
-def _wait(runs: dict[str, Run]) -> Callable[[Any], object]:
-    return next(iter(runs.values())).wait
 
 
 def _apart(scores: dict[str, np.ndarray]) -> dict[str, float]:

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from flame_jax.pallas_kernels.post_attention.mosaic import Tiling as LayerTiling
+from flame_jax.pallas_kernels.sumi_attention.mosaic import together
 from flame_jax.pallas_kernels.sumi_attention.mosaic_form import Tiling as AttentionTiling
 
 SHARED_MEMORY = 227 * 1024
 _ROWS = 64
 
 
-def attention_tilings(qk_dim: int, v_dim: int) -> list[AttentionTiling]:
-    """Block sizes for heads of these dimensions, as many of them together as the kernel takes."""
-    together = max(1, 128 // max(qk_dim, v_dim, _ROWS))
-    found = []
+def attention_tilings(heads: int, qk_dim: int, v_dim: int) -> list[AttentionTiling]:
+    """Block sizes for heads of these dimensions."""
+    at_once, found = together(heads, qk_dim, v_dim), []
     for warpgroups in (1, 2, 3):
         for keys in (64, 128):
             for stages in (2, 3, 4):
-                own = warpgroups * _ROWS * together * (2 * qk_dim + v_dim) * 2
-                steps = stages * keys * (together * (qk_dim + v_dim) * 2 + 12)
+                own = warpgroups * _ROWS * at_once * (2 * qk_dim + v_dim) * 2
+                steps = stages * keys * (at_once * (qk_dim + v_dim) * 2 + 12)
                 # Accumulators of the result and the scores, per thread; more of them spill.
-                registers = together * (v_dim + keys) // 2
+                registers = at_once * (v_dim + keys) // 2
                 limit = 160 if warpgroups < 3 else 96
                 if own + steps + 1024 <= SHARED_MEMORY and registers <= limit:
                     found.append(AttentionTiling(warpgroups, keys, stages))

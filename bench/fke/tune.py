@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.fke.cases import CAUSAL, CLIMBER, HSTU, AttentionCase, inputs
+from bench.fke.cases import CAUSAL, CLIMBER, HSTU, AttentionCase, inputs, layer_weights
 from bench.fke.tilings import attention_tilings, layer_tilings
 from bench.timing import side_by_side
 from flame_jax.pallas_kernels.post_attention import mosaic as post_attention
@@ -63,27 +63,15 @@ def _attention(case: AttentionCase, progress: Callable[[str], None]) -> Row:
             q = sumi_attention.sumi_attention(q, k, v, rows, time, **settings, tiling=tiling)
         return q
 
-    shape = {
-        "qk_dim": case.dim,
-        "v_dim": case.dim,
-        "heads": max(1, min(case.heads, 128 // case.dim)),
-        "softmax": case.softmax,
-        "bias": case.softmax,
-        "causal": not case.softmax,
-    }
-    tilings = attention_tilings(case.dim, case.dim)
+    shape = sumi_attention.tuned_shape(case.heads, case.dim, case.dim, activation, bias, not case.softmax)
+    tilings = attention_tilings(case.heads, case.dim, case.dim)
     rows = case.blocks * case.bucket.tokens
     return _fastest("sumi_attention", case.name, shape, rows, tilings, run, [*arrays, *given], progress)
 
 
 def _layer(tokens: int, progress: Callable[[str], None]) -> Row:
     width, hidden, random = 128, 512, np.random.default_rng(0)
-    sizes = {"qkv": (width, 3 * width), "out": (width, width), "ffn1": (width, hidden), "ffn2": (hidden, width)}
-    weights = {f"{n}_w": random.normal(size=(2, 2, *s)) * s[0] ** -0.5 for n, s in sizes.items()}
-    weights = {name: jnp.asarray(w, jnp.bfloat16) for name, w in weights.items()}
-    weights |= {f"{n}_b": jnp.zeros((2, 2, s[1])) for n, s in sizes.items()}
-    for norm in ("norm1", "norm2"):
-        weights |= {f"{norm}_scale": jnp.ones((2, 2, width)), f"{norm}_shift": jnp.zeros((2, 2, width))}
+    weights = layer_weights(random)
     names = list(weights)
     attended, x = (jnp.asarray(random.normal(size=(2, tokens, width)), jnp.bfloat16) for _ in range(2))
 

@@ -40,7 +40,7 @@ def post_attention(
     """
     following = layer + 1 < len(weights["qkv_w"])
     if implementation == "mosaic":
-        from flame_jax.pallas_kernels.post_attention import mosaic  # CUDA only: its import takes a second
+        from flame_jax.pallas_kernels.post_attention import mosaic
 
         if drop is not keep:
             raise ValueError("the mosaic implementation has no dropout")

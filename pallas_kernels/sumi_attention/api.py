@@ -51,7 +51,7 @@ def sumi_attention(
     if k.shape[1] % align or q.shape[1] % align:
         raise ValueError(f"token rows {k.shape[1]} and query rows {q.shape[1]} must be multiples of {align}")
     if implementation == "mosaic":
-        from flame_jax.pallas_kernels.sumi_attention import mosaic  # CUDA only: its import takes a second
+        from flame_jax.pallas_kernels.sumi_attention import mosaic
 
         return mosaic.sumi_attention(q, k, v, rows, time, activation=activation, bias=bias, causal=causal, align=align)
     return reference.sumi_attention(

@@ -44,21 +44,11 @@ def sumi_attention(
     v_dim = v.shape[-1]
     if reason := misfit(v.dtype, qk_dim, v_dim, align, bias):
         raise ValueError(f"SUMI attention on Mosaic GPU: {reason}")
-    widest = max(qk_dim, v_dim, TILE)
-    # Heads whose scores share a tile's logarithms, as far as registers go.
-    together = max(n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or n * widest <= 128))
-    shape = {
-        "qk_dim": qk_dim,
-        "v_dim": v_dim,
-        "heads": together,
-        "softmax": isinstance(activation, Softmax),
-        "bias": isinstance(bias, LogBias),
-        "causal": causal,
-    }
+    shape = tuned_shape(heads, qk_dim, v_dim, activation, bias, causal)
     tiling = tiling or tiling_for(shape, q.shape[0] * q.shape[1])
     form = Form(
         heads=heads,
-        together=together,
+        together=together(heads, qk_dim, v_dim),
         qk_dim=qk_dim,
         v_dim=v_dim,
         scale=activation.scale if isinstance(activation, Silu) else None,
@@ -91,6 +81,26 @@ def misfit(dtype: Any, qk_dim: int, v_dim: int, align: int, bias: type | Bias | 
     if bias is TableBias or isinstance(bias, TableBias):
         return "it can't look a bias up in a table: Mosaic GPU has no gather"
     return ""
+
+
+def together(heads: int, qk_dim: int, v_dim: int) -> int:
+    """Heads of one thread block, whose scores share a tile's logarithms: as many as registers allow."""
+    widest = max(qk_dim, v_dim, TILE)
+    return max(n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or n * widest <= 128))
+
+
+def tuned_shape(
+    heads: int, qk_dim: int, v_dim: int, activation: Activation, bias: Bias | None, causal: bool
+) -> dict[str, Any]:
+    """What measured block sizes are looked up by."""
+    return {
+        "qk_dim": qk_dim,
+        "v_dim": v_dim,
+        "heads": together(heads, qk_dim, v_dim),
+        "softmax": isinstance(activation, Softmax),
+        "bias": isinstance(bias, LogBias),
+        "causal": causal,
+    }
 
 
 def tiling_for(shape: Mapping[str, Any], rows: int) -> Tiling:
