@@ -145,6 +145,10 @@ def check_bucket(bucket: Bucket, layout: Layout) -> None:
         )
 
 
+FIELD_WORDS = 64
+"""Fields begin at multiples of so many words: programs hand them to kernels in place, which want 256 bytes."""
+
+
 def slot_layout(schema: FeatureSchema, layout: Layout, bucket: Bucket, *, host_words: int = 0) -> SlotLayout:
     """Derive the slot of `bucket` from the schema.
 
@@ -174,5 +178,5 @@ def slot_layout(schema: FeatureSchema, layout: Layout, bucket: Bucket, *, host_w
     for name, shape, dtype in shapes:
         field = Field(name, offset, shape, dtype)
         fields.append(field)
-        offset += field.words
+        offset += -(-field.words // FIELD_WORDS) * FIELD_WORDS
     return SlotLayout(bucket, tuple(fields), offset)

@@ -10,10 +10,11 @@ import numpy as np
 from flax import nnx
 
 from flame_jax.config import ModelConfig
-from flame_jax.models.layers import Weights, merge_heads, post_norm_layer
+from flame_jax.models.layers import Weights, merge_heads
 from flame_jax.models.params import Param, constant, normal
 from flame_jax.models.ranker import Packed, Ranker
 from flame_jax.pallas_kernels.post_attention.api import post_attention
+from flame_jax.pallas_kernels.post_attention.types import Projection
 from flame_jax.pallas_kernels.rows import Drop, linear
 from flame_jax.pallas_kernels.sumi_attention.types import LogBias, Softmax
 from flame_jax.schema import FeatureSchema
@@ -49,20 +50,32 @@ class Climber(Ranker):
         depth, heads = self.config.layers, self.config.heads
         stack = {name: leaf[...] for name, leaf in self.layers.items()}
         rows = {name: weight for name, weight in stack.items() if name not in ("temperature", "bias")}
+        temperature = self._temperature(stack, (depth, len(self.schema.blocks)))
+        fusion = {name: leaf[...] for name, leaf in self.fusion.items()} if self.config.climber.fusion else None
         qkv = list(jnp.split(linear(x, stack["qkv_w"][0], stack["qkv_b"][0]), 3, axis=-1))
         for index in range(depth):
-            weights = {name: weight[index] for name, weight in stack.items() if name not in rows}
             attention = packed.attention(
-                Softmax(self._temperature(weights, (len(self.schema.blocks),))),
-                bias=LogBias(weights["bias"]) if "bias" in weights else None,
+                Softmax(temperature, index), bias=LogBias(stack["bias"], index) if "bias" in stack else None
             )
             first = packed.first_candidate if index == depth - 1 else 0
             q, k, v = (y.reshape(*y.shape[:-1], heads, -1) for y in qkv)
             attended = merge_heads(attention(q[:, first:], k, v))
-            implementation = packed.kernels.post_attention
-            x, *qkv = post_attention(attended, x[:, first:], rows, index, drop=drop, implementation=implementation)
-        z = jnp.moveaxis(x, 0, 1)
-        return self._fuse(z, packed, drop) if self.config.climber.fusion else z.reshape(z.shape[0], -1)
+            following: Projection | None = Projection(stack["qkv_w"], stack["qkv_b"], index + 1)
+            if index == depth - 1:
+                following = None if fusion is None else _only(fusion)
+            x, *qkv = post_attention(
+                attended,
+                x[:, first:],
+                rows,
+                index,
+                following=following,
+                drop=drop,
+                implementation=packed.kernels.post_attention,
+            )
+        if fusion is not None:
+            x = self._fuse(x, qkv, fusion, packed, drop)
+        bits = jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)
+        return self._gated(bits) if fusion is not None else bits
 
     def _temperature(self, weights: Weights, stack: tuple[int, ...]) -> jax.Array:
         """float32[*stack, scenarios, heads]."""
@@ -70,21 +83,28 @@ class Climber(Ranker):
             return jax.nn.softplus(weights["temperature"])
         return jnp.full((*stack, len(self.schema.scenarios), self.config.heads), self.config.head_dim**0.5)
 
-    def _fuse(self, z: jax.Array, packed: Packed, drop: Drop) -> jax.Array:
-        """Bit-wise gating fusion: z [C, blocks, d] -> [C, blocks * d]."""
-        weights: Weights = {name: leaf[...] for name, leaf in self.fusion.items()}
-        temperature = packed.per_candidate(self._temperature(weights, ())[packed.tail.scenario])
+    def _fuse(self, x: jax.Array, qkv: list[jax.Array], fusion: Weights, packed: Packed, drop: Drop) -> jax.Array:
+        """A layer in which the blocks of a candidate attend to one another: [blocks, C, d] -> the same."""
+        q, k, v = (y.reshape(*y.shape[:-1], self.config.heads, -1).astype(jnp.float32) for y in qkv)
+        temperature = packed.per_candidate(self._temperature(fusion, ())[packed.tail.scenario])
+        # Blocks are few: sums of products, where a matrix product would be a tiny one per candidate and head.
+        logits = (q[:, None] * k[None]).sum(axis=-1) / temperature
+        shares = jax.nn.softmax(logits, axis=1)
+        attended = merge_heads((shares[..., None] * v[None]).sum(axis=1)).astype(x.dtype)
+        rows = {name: weight[None, None] for name, weight in fusion.items() if name != "temperature"}
+        (x,) = post_attention(attended, x, rows, 0, drop=drop, implementation=packed.kernels.post_attention)
+        return x
 
-        def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            logits = jnp.einsum("cqhd,ckhd->chqk", q, k, preferred_element_type=jnp.float32)
-            shares = jax.nn.softmax(logits / temperature[:, :, None, None], axis=-1).astype(v.dtype)
-            return jnp.einsum("chqk,ckhd->cqhd", shares, v)
-
-        mixed = post_norm_layer(z, weights, attention, heads=self.config.heads, drop=drop)
-        bits = mixed.reshape(mixed.shape[0], -1)
+    def _gated(self, bits: jax.Array) -> jax.Array:
+        """Bit-wise gating: [C, blocks * d] -> the same."""
         gate = {name: leaf[...] for name, leaf in self.gate.items()}
         squeezed = jax.nn.relu(linear(bits, gate["squeeze_w"], gate["squeeze_b"]))
         return bits * jax.nn.sigmoid(linear(squeezed, gate["excite_w"], gate["excite_b"]))
+
+
+def _only(fusion: Weights) -> Projection:
+    """q, k and v of a layer that all blocks share."""
+    return Projection(fusion["qkv_w"][None, None], fusion["qkv_b"][None, None], 0)
 
 
 def initial_temperature(config: ModelConfig) -> float:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flame_jax.packing import REQUEST_TIME, Bucket, Extent, Layout, place
+from flame_jax.pallas_kernels.post_attention.types import Projection
 from flame_jax.pallas_kernels.sumi_attention.types import Activation, Bias, LogBias, Silu, Softmax
 
 NOW = 1_700_000_000
@@ -107,3 +108,8 @@ def layer_weights(random: np.random.Generator, width: int = 128, hidden: int = 5
         weights[f"{name}_scale"] = jnp.asarray(1 + 0.1 * random.normal(size=(2, 2, width)), jnp.float32)
         weights[f"{name}_shift"] = jnp.asarray(0.1 * random.normal(size=(2, 2, width)), jnp.float32)
     return weights
+
+
+def following(weights: dict[str, jax.Array]) -> Projection:
+    """Of the first of those layers: the second's q, k and v."""
+    return Projection(weights["qkv_w"], weights["qkv_b"], 1)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.fke import oracle
-from bench.fke.cases import layer_weights
+from bench.fke.cases import following, layer_weights
 from flame_jax.packing import CANDIDATE_START, REQUEST_TIME, Bucket, Extent, Layout, place
 from flame_jax.pallas_kernels.post_attention import api as post_attention_api
 from flame_jax.pallas_kernels.post_attention import mosaic as post_attention
@@ -176,11 +176,12 @@ def _check_layer(name: str, report: Report, random: np.random.Generator) -> None
     exact = {n: w.astype(jnp.float32) for n, w in given.items()}
     for rows in (64, 320, 4096):
         attended, x = (jnp.asarray(random.normal(size=(blocks, rows, width)), jnp.bfloat16) for _ in range(2))
-        run = partial(post_attention.post_attention, project=True)
         poison(blocks * rows * width)
-        found = jax.jit(lambda a, x, run=run: run(a, x, given, 0))(attended, x)
+        found = jax.jit(lambda a, x: post_attention.post_attention(a, x, given, 0, following(given)))(attended, x)
         with jax.default_matmul_precision("highest"):
-            expected = post_attention_api.post_attention(attended.astype(jnp.float32), x.astype(jnp.float32), exact, 0)
+            expected = post_attention_api.post_attention(
+                attended.astype(jnp.float32), x.astype(jnp.float32), exact, 0, following=following(exact)
+            )
         apart = [np.abs(np.asarray(a, np.float32) - np.asarray(b)) for a, b in zip(found, expected, strict=True)]
         every = np.concatenate([a.ravel() for a in apart])
         good = np.isfinite(every).all() and all(np.quantile(every, s) <= 2 * limit for s, limit in TOLERANCE.items())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flame_jax.pallas_kernels.post_attention.mosaic import Tiling as LayerTiling
+from flame_jax.pallas_kernels.post_attention.mosaic_form import Tiling as LayerTiling
 from flame_jax.pallas_kernels.sumi_attention.mosaic import together
 from flame_jax.pallas_kernels.sumi_attention.mosaic_form import Tiling as AttentionTiling
 

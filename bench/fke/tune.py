@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.fke.cases import CAUSAL, CLIMBER, HSTU, AttentionCase, inputs, layer_weights
+from bench.fke.cases import CAUSAL, CLIMBER, HSTU, AttentionCase, following, inputs, layer_weights
 from bench.fke.tilings import attention_tilings, layer_tilings
 from bench.timing import side_by_side
 from flame_jax.pallas_kernels.post_attention import mosaic as post_attention
@@ -77,9 +77,8 @@ def _layer(tokens: int, progress: Callable[[str], None]) -> Row:
 
     def run(tiling: Any, attended: jax.Array, x: jax.Array, *given: jax.Array) -> jax.Array:
         for _ in range(CHAIN):
-            x, attended, *_ = post_attention.post_attention(
-                attended, x, dict(zip(names, given, strict=True)), 0, project=True, tiling=tiling
-            )
+            named = dict(zip(names, given, strict=True))
+            x, attended, *_ = post_attention.post_attention(attended, x, named, 0, following(named), tiling=tiling)
         return x + attended
 
     shape = {"width": width, "inner": width, "hidden": hidden}

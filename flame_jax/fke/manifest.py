@@ -13,7 +13,7 @@ from flame_jax.fke.target import Target
 from flame_jax.packing import Bucket, Layout
 from flame_jax.schema import FeatureSchema
 
-FORMAT = 2
+FORMAT = 3
 Choices = Literal["", "device", "file", "partial", "none"]
 MANIFEST, SIGNATURE = "manifest.json", "manifest.json.sig"
 WEIGHTS, ITEM_TABLE, GOLDEN = "weights.safetensors", "item_table.npy", "golden.safetensors"

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from flame_jax.pallas_kernels.kernels import Implementation
 from flame_jax.pallas_kernels.post_attention import reference
+from flame_jax.pallas_kernels.post_attention.types import Projection
 from flame_jax.pallas_kernels.rows import Drop, keep, linear
 
 
@@ -18,15 +19,16 @@ def post_attention(
     weights: Mapping[str, jax.Array],
     layer: int,
     *,
+    following: Projection | None = None,
     drop: Drop = keep,
     implementation: Implementation = "xla",
 ) -> tuple[jax.Array, ...]:
-    """Output projection, residual, norm, FFN, residual, norm; then the next layer's q, k and v, if there is one.
+    """Output projection, residual, norm, FFN, residual, norm; then the following layer's q, k and v, if there is one.
 
     Args:
         attended: [blocks, n, inner], the heads' outputs side by side.
         x: [blocks, n, d], the layer's input.
-        weights: name -> [layers, blocks, ...]: qkv, out, ffn1, ffn2 with `_w` and `_b`, norm1 and norm2 with `_scale`
+        weights: name -> [layers, blocks or 1, ...]: out, ffn1, ffn2 with `_w` and `_b`, norm1 and norm2 with `_scale`
             and `_shift`.
         layer: which of them.
         drop: dropout on the projection's and the FFN's output when training.
@@ -38,16 +40,15 @@ def post_attention(
     Raises:
         ValueError: the implementation can't do this.
     """
-    following = layer + 1 < len(weights["qkv_w"])
     if implementation == "mosaic":
         from flame_jax.pallas_kernels.post_attention import mosaic
 
         if drop is not keep:
             raise ValueError("the mosaic implementation has no dropout")
-        return mosaic.post_attention(attended, x, weights, layer, project=following)
+        return mosaic.post_attention(attended, x, weights, layer, following)
     one = {name: weight[layer] for name, weight in weights.items()}
     x = reference.post_attention(attended, x, one, drop=drop)
-    if not following:
+    if following is None:
         return (x,)
-    mixed = linear(x, weights["qkv_w"][layer + 1], weights["qkv_b"][layer + 1])
+    mixed = linear(x, following.weight[following.layer], following.bias[following.layer])
     return (x, *jnp.split(mixed, 3, axis=-1))

@@ -64,10 +64,15 @@ def sumi_attention(
     work = jobs(rows, align=align, first=form.first, last=tokens, size=TILE * tiling.warpgroups)
     operands = [work, *(x.reshape(*x.shape[:2], -1) for x in (q, k, v))]
     if isinstance(activation, Softmax):
-        operands.append(activation.temperature)
+        operands += _stacked(activation.temperature, activation.layer)
     if isinstance(bias, LogBias):
-        operands += [bias.coefficients, time, key_logs(rows, time, align=align)]
+        operands += [*_stacked(bias.coefficients, bias.layer), time, key_logs(rows, time, align=align)]
     return _call(operands, form).reshape(*q.shape[:3], v_dim)
+
+
+def _stacked(numbers: jax.Array, layer: int | None) -> list[jax.Array]:
+    """A stack, and which layer of it is meant."""
+    return [numbers[None] if layer is None else numbers, jnp.full((1,), layer or 0, jnp.int32)]
 
 
 def misfit(dtype: Any, qk_dim: int, v_dim: int, align: int, bias: type | Bias | None) -> str:

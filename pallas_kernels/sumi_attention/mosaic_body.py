@@ -123,8 +123,9 @@ def body(*refs: Any, form: Form) -> None:
 
 def _job(refs: tuple[Any, ...], number: jax.Array, form: Form) -> _Job:
     work, q, k, v, *rest, out = refs
-    temperature = rest.pop(0) if form.softmax else None
-    coefficients, time, key_log = rest if form.biased else (None, None, None)
+    temperature = _own_layer(rest) if form.softmax else None
+    coefficients = _own_layer(rest) if form.biased else None
+    time, key_log = rest if form.biased else (None, None)
     stack, groups = lax.axis_index("stack"), form.heads // form.together
     block = lax.div(stack, groups)
     rows, position, length = work[number, ROWS], work[number, POSITION], work[number, JOB_LENGTH + block]
@@ -152,6 +153,12 @@ def _job(refs: tuple[Any, ...], number: jax.Array, form: Form) -> _Job:
         key_log=key_log,
         out=out,
     )
+
+
+def _own_layer(operands: list[Any]) -> Any:
+    """Take a stack and a number off the list."""
+    stack, layer = operands.pop(0), operands.pop(0)
+    return stack.at[layer[0]]
 
 
 def _columns(job: _Job, i: int, width: int) -> Any:

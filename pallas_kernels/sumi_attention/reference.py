@@ -117,7 +117,7 @@ def _attend(
     # A row that is no history row sees its own key besides; that keeps padding rows finite too.
     seen, sees_own = seen[:, None], ~queries.in_history[:, None, :, None]
     if isinstance(activation, Softmax):
-        inverse = 1.0 / activation.temperature[:, scenario, :, None, None]
+        inverse = 1.0 / activation.own[:, scenario, :, None, None]
         logits = jnp.where(seen, logits * inverse, MASKED)
         own = jnp.where(sees_own, own * inverse, MASKED)
         peak = jnp.maximum(logits.max(axis=-1, keepdims=True), own)
@@ -138,7 +138,7 @@ def _log_bias(bias: LogBias, scenario: jax.Array, queries: _Queries, keys: _Keys
     def log2_distance(difference: jax.Array) -> jax.Array:
         return jnp.log2(1.0 + jnp.abs(difference).astype(jnp.float32))[:, None]
 
-    alpha, beta, gamma = jnp.moveaxis(bias.coefficients[:, scenario, :, None, None, :], -1, 0)
+    alpha, beta, gamma = jnp.moveaxis(bias.own[:, scenario, :, None, None, :], -1, 0)
     far = log2_distance(queries.position[..., None] - keys.position)
     old = log2_distance(queries.time[:, :, None] - keys.time[:, None, :])
     total: jax.Array = alpha * far + beta * old + gamma

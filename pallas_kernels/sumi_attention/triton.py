@@ -107,13 +107,13 @@ def sumi_attention(
 def _coefficients(activation: Activation, bias: Bias | None, blocks: int, heads: int) -> jax.Array:
     """float32[blocks, scenarios, heads, 4]: factors of q . k and of the bias's three terms; softmax counts in log2."""
     if isinstance(activation, Softmax):
-        logit = math.log2(math.e) / activation.temperature
+        logit = math.log2(math.e) / activation.own
         scale = logit
     else:
         logit = jnp.ones((blocks, 1, heads), jnp.float32)
         scale = logit * activation.scale
     if isinstance(bias, LogBias):
-        terms = bias.coefficients * logit[..., None]
+        terms = bias.own * logit[..., None]
     else:
         terms = logit[..., None] * jnp.array([1.0, 1.0, 0.0], jnp.float32)
     scale = jnp.broadcast_to(scale[..., None], (*terms.shape[:-1], 1))

@@ -11,10 +11,17 @@ class Softmax(NamedTuple):
     """weights = softmax(logits / temperature).
 
     Attributes:
-        temperature: float32[blocks, scenarios, heads], positive.
+        temperature: float32[blocks, scenarios, heads], positive; with `layer`, [layers, ...] of a whole stack.
+        layer: which of them. Kernels pick it by number, so that nothing is cut out and copied.
     """
 
     temperature: jax.Array
+    layer: int | None = None
+
+    @property
+    def own(self) -> jax.Array:
+        """float32[blocks, scenarios, heads]."""
+        return self.temperature if self.layer is None else self.temperature[self.layer]
 
 
 class Silu(NamedTuple):
@@ -33,10 +40,17 @@ class LogBias(NamedTuple):
     """alpha*log2(1+|dp|) + beta*log2(1+|dt|) + gamma, towards history keys only (Climber).
 
     Attributes:
-        coefficients: float32[blocks, scenarios, heads, 3], (alpha, beta, gamma).
+        coefficients: float32[blocks, scenarios, heads, 3], (alpha, beta, gamma); with `layer`, [layers, ...].
+        layer: which of them, as in `Softmax`.
     """
 
     coefficients: jax.Array
+    layer: int | None = None
+
+    @property
+    def own(self) -> jax.Array:
+        """float32[blocks, scenarios, heads, 3]."""
+        return self.coefficients if self.layer is None else self.coefficients[self.layer]
 
 
 class TableBias(NamedTuple):

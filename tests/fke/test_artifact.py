@@ -237,21 +237,21 @@ def test_where_there_is_no_artifact_one_line_says_so(make: Callable[[Path], Any]
         b"3",
         b'"format"',
         b"{}",
-        b'{"format": 2}',
-        b'{"format": 1}',
         b'{"format": 3}',
-        b'{"format": "2"}',
-        b'{"format": 2.0}',
+        b'{"format": 2}',
+        b'{"format": 4}',
+        b'{"format": "3"}',
+        b'{"format": 3.0}',
         b"\xff\xfe\x00",
         b"\0" * 100,
         b"[" * 200_000,
-        b'{"format": 2, "schema": ' + b"[" * 200_000,
+        b'{"format": 3, "schema": ' + b"[" * 200_000,
     ],
     ids=lambda junk: str(junk[:24]),
 )
 def test_a_manifest_of_junk_or_another_format_is_refused(junk: bytes, folder: Path) -> None:
     (folder / "manifest.json").write_bytes(junk)
-    with pytest.raises(ArtifactError, match=r"manifest\.json|format 2") as caught:
+    with pytest.raises(ArtifactError, match=r"manifest\.json|format 3") as caught:
         Artifact(folder)
     one_line(caught.value)
 

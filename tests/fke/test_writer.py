@@ -95,7 +95,7 @@ def test_a_write_that_fails_leaves_what_was_there_and_nothing_else(
         assert snapshot(path) == before
 
 
-@pytest.mark.parametrize("manifest", [None, '{"name": "my web app"}', '{"format": 2, "files": {}}', "junk"])
+@pytest.mark.parametrize("manifest", [None, '{"name": "my web app"}', '{"format": 3, "files": {}}', "junk"])
 def test_a_folder_that_is_no_artifact_is_not_deleted(manifest: str | None, tmp_path: Path) -> None:
     precious = tmp_path / "home"
     (precious / "thesis").mkdir(parents=True)

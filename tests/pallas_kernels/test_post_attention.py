@@ -12,13 +12,15 @@ import pytest
 
 from flame_jax.pallas_kernels.post_attention import mosaic
 from flame_jax.pallas_kernels.post_attention.api import post_attention
+from flame_jax.pallas_kernels.post_attention.mosaic_form import Tiling
+from flame_jax.pallas_kernels.post_attention.types import Projection
 from tests.oracles import climber as oracle
 
 LAYERS, BLOCKS, WIDTH, FFN = 2, 2, 64, 128
 MOSAIC = partial(mosaic.post_attention, interpret=True)
 
 
-def weights(random: np.random.Generator, inner: int) -> dict[str, np.ndarray]:
+def weights(random: np.random.Generator, inner: int, width: int = WIDTH, ffn: int = FFN) -> dict[str, np.ndarray]:
     """Matrices that bfloat16 holds exactly."""
 
     def matrix(rows: int, columns: int) -> np.ndarray:
@@ -28,11 +30,11 @@ def weights(random: np.random.Generator, inner: int) -> dict[str, np.ndarray]:
     def vector(size: int, mean: float = 0.0) -> np.ndarray:
         return (mean + 0.1 * random.normal(size=(LAYERS, BLOCKS, size))).astype(np.float32)
 
-    shapes = {"qkv": (WIDTH, 3 * inner), "out": (inner, WIDTH), "ffn1": (WIDTH, FFN), "ffn2": (FFN, WIDTH)}
+    shapes = {"qkv": (width, 3 * inner), "out": (inner, width), "ffn1": (width, ffn), "ffn2": (ffn, width)}
     found = {f"{name}_w": matrix(*shape) for name, shape in shapes.items()}
     found |= {f"{name}_b": vector(columns) for name, (_, columns) in shapes.items()}
     for norm in ("norm1", "norm2"):
-        found |= {f"{norm}_scale": vector(WIDTH, 1.0), f"{norm}_shift": vector(WIDTH)}
+        found |= {f"{norm}_scale": vector(width, 1.0), f"{norm}_shift": vector(width)}
     return found
 
 
@@ -60,11 +62,11 @@ def test_it_matches_the_oracle_and_projects_for_the_layer_after(
     attended, x = (
         np.asarray(jnp.asarray(random.normal(size=(BLOCKS, rows, n)), dtype), np.float32) for n in (inner, WIDTH)
     )
-    run = partial(MOSAIC, project=layer + 1 < LAYERS) if implementation == "mosaic" else post_attention
-    found = run(
-        jnp.asarray(attended, dtype), jnp.asarray(x, dtype), {name: jnp.asarray(v) for name, v in w.items()}, layer
-    )
-    assert len(found) == (4 if layer + 1 < LAYERS else 1)
+    run = MOSAIC if implementation == "mosaic" else post_attention
+    given = {name: jnp.asarray(v) for name, v in w.items()}
+    following = Projection(given["qkv_w"], given["qkv_b"], 1) if layer == 0 else None
+    found = run(jnp.asarray(attended, dtype), jnp.asarray(x, dtype), given, layer, following=following)
+    assert len(found) == (4 if layer == 0 else 1)
     for block in range(BLOCKS):
         y = expected(attended[block], x[block], {name: v[layer, block] for name, v in w.items()})
         np.testing.assert_allclose(np.asarray(found[0][block], np.float32), y, rtol=0, atol=tolerance)
@@ -72,6 +74,21 @@ def test_it_matches_the_oracle_and_projects_for_the_layer_after(
             mixed = y @ w["qkv_w"][layer + 1, block] + w["qkv_b"][layer + 1, block]
             for mine, theirs in zip(found[1:], np.split(mixed, 3, axis=-1), strict=True):
                 np.testing.assert_allclose(np.asarray(mine[block], np.float32), theirs, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("tiling", [Tiling(1, 64, 2), Tiling(3, 64, 3), Tiling(2, 128, 2)], ids=str)
+def test_more_tiles_than_workers_with_weights_that_blocks_share(
+    tiling: Tiling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mosaic, "PROCESSORS", 2)  # one worker for each block
+    random = np.random.default_rng(3)
+    shared = {name: jnp.asarray(v[:, :1]) for name, v in weights(random, 128, width=128, ffn=256).items()}
+    attended, x = (jnp.asarray(random.normal(size=(BLOCKS, 320, 128)), jnp.bfloat16) for _ in range(2))
+    following = Projection(shared["qkv_w"], shared["qkv_b"], 1)
+    found = MOSAIC(attended, x, shared, 0, following, tiling=tiling)
+    wide = (attended.astype(jnp.float32), x.astype(jnp.float32))
+    for mine, theirs in zip(found, post_attention(*wide, shared, 0, following=following), strict=True):
+        np.testing.assert_allclose(np.asarray(mine, np.float32), theirs, rtol=0, atol=0.04)
 
 
 @pytest.mark.parametrize(
@@ -102,5 +119,6 @@ def test_a_rows_bits_do_not_depend_on_where_it_lies() -> None:
     w = {name: jnp.asarray(v) for name, v in weights(random, 64).items()}
     x = jnp.asarray(random.normal(size=(BLOCKS, 192, 64)), jnp.bfloat16)
     moved = jnp.roll(x, 64, axis=1)
-    for here, there in zip(MOSAIC(x, x, w, 0, project=True), MOSAIC(moved, moved, w, 0, project=True), strict=True):
+    following = Projection(w["qkv_w"], w["qkv_b"], 1)
+    for here, there in zip(MOSAIC(x, x, w, 0, following), MOSAIC(moved, moved, w, 0, following), strict=True):
         assert (jax.device_get(jnp.roll(here, 64, axis=1)) == jax.device_get(there)).all()

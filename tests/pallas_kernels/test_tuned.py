@@ -8,6 +8,7 @@ import pytest
 
 from flame_jax.pallas_kernels import tuned
 from flame_jax.pallas_kernels.post_attention import mosaic as post_attention
+from flame_jax.pallas_kernels.post_attention.mosaic_form import Tiling as LayerTiling
 from flame_jax.pallas_kernels.sumi_attention import mosaic as sumi_attention
 from flame_jax.pallas_kernels.sumi_attention.mosaic_form import Tiling
 
@@ -28,7 +29,7 @@ def entries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("rows", "warpgroups"), [(1, 1), (900, 1), (1100, 3), (10**6, 3)])
 def test_the_nearest_measurement_counts(rows: int, warpgroups: int) -> None:
-    assert post_attention.tiling_for(SHAPE, rows) == post_attention.Tiling(warpgroups, 64, 2)
+    assert post_attention.tiling_for(SHAPE, rows) == LayerTiling(warpgroups, 64, 2)
 
 
 def test_a_shape_that_was_not_measured_is_told_once_and_guessed(caplog: pytest.LogCaptureFixture) -> None:
