@@ -28,6 +28,21 @@ def side_by_side(
     return {name: statistics.median(one[name] for one in found) for name in runs}
 
 
+def latencies(
+    runs: Mapping[str, Launch], calls: int, rounds: int = ROUNDS, wait: Callable[[Any], object] = jax.block_until_ready
+) -> dict[str, list[float]]:
+    """Milliseconds of each of about so many calls, every one waited for; the runs take turns, round by round."""
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            wait(run())
+            for _ in range(-(-calls // rounds)):
+                started = time.perf_counter()
+                wait(run())
+                found[name].append((time.perf_counter() - started) * 1e3)
+    return found
+
+
 def _milliseconds(run: Launch, count: int, wait: Callable[[Any], object]) -> float:
     wait(run())
     started = time.perf_counter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax
@@ -25,14 +26,17 @@ class Run(NamedTuple):
     """One way to compute a batch.
 
     Attributes:
-        launch: starts one forward pass and returns its output, still on its way; the first call compiles.
+        launch: starts one forward pass and returns its output, still on its way; the first call compiles what
+            `compile` did not.
         wait: until an output is there.
         scores: float32[requests, candidates, tasks] of an output, on the host (of the layers alone: their output).
+        compile: may be called beside other runs' before the first launch; does nothing where launching compiles.
     """
 
     launch: Callable[[], Any]
     wait: Callable[[Any], Any]
     scores: Callable[[Any], np.ndarray]
+    compile: Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -164,12 +168,13 @@ def packed_run(inputs: Inputs, kernels: Kernels = REFERENCE) -> Run:
     """The engine's own program over the packed slot, its weights and slot on the device."""
     config, vocabulary = inputs.config, len(inputs.weights["item"])
     slot = served_slot(config.model, config.schema, config.layout, inputs.bucket)
-    program = jax.jit(rank_function(config.model, config.schema, config.layout, slot, vocabulary, kernels))
+    function = rank_function(config.model, config.schema, config.layout, slot, vocabulary, kernels)
     weights = jax.device_put(list(served_weights(config.model, inputs.weights).values()))
     words = jax.device_put(inputs.words)
+    program = cache(lambda: jax.jit(function).lower(weights, words).compile())
 
     def scores(output: jax.Array) -> np.ndarray:
         flat = np.asarray(output)
         return np.stack([flat[rows] for rows in inputs.places])
 
-    return Run(lambda: program(weights, words), jax.block_until_ready, scores)
+    return Run(lambda: program()(weights, words), jax.block_until_ready, scores, program)

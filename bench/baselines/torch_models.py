@@ -63,7 +63,7 @@ def torch_run(inputs: Inputs, form: Any, mode: Mode, device: str = "cuda", optio
             torch.cuda.synchronize()
         return output
 
-    return Run(launch, wait, lambda output: output.float().cpu().numpy())
+    return Run(launch, wait, lambda output: output.float().cpu().numpy(), lambda: None)
 
 
 def _made(call: Callable[[Any], Tensor], function: Any, mode: Mode, options: Options) -> Callable[[], Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ class AttentionCase(NamedTuple):
     Attributes:
         softmax: with a log bias and temperatures; else SiLU, causal, without a bias.
         extents: requests.
+        align: the layout's alignment.
     """
 
     name: str
@@ -29,11 +31,12 @@ class AttentionCase(NamedTuple):
     dim: int
     softmax: bool
     extents: tuple[Extent, ...]
+    align: int = 64
 
     @property
     def layout(self) -> Layout:
-        """As configured by default, with room for these requests."""
-        return Layout(align=64, max_requests=max(32, len(self.extents)))
+        """With room for these requests."""
+        return Layout(align=self.align, max_requests=max(32, len(self.extents)))
 
     @property
     def bucket(self) -> Bucket:
@@ -49,6 +52,12 @@ class AttentionCase(NamedTuple):
         for n, c in self.extents:
             pairs += (n * n if self.softmax else n * (n + 1) // 2) + c * (n + 1)
         return 4 * self.blocks * self.heads * self.dim * pairs
+
+    @property
+    def bytes(self) -> int:
+        """What has to move at least: q, k, v and the result of the requests' rows, and with a bias their times."""
+        rows = sum(n + c for n, c in self.extents)
+        return self.blocks * rows * (4 * self.heads * self.dim * 2 + 4 * self.softmax)
 
 
 def _alike(name: str, count: int, extent: tuple[int, int]) -> AttentionCase:
@@ -74,21 +83,30 @@ CAUSAL = [
 ]
 
 
-def inputs(case: AttentionCase, seed: int = 0) -> tuple[tuple[jax.Array, ...], Activation, Bias | None]:
-    """q, k, v, rows, time on the device; the activation and the bias."""
-    random, bucket = np.random.default_rng(seed), case.bucket
+def inputs(
+    case: AttentionCase, seed: int = 0, *, held: Sequence[Extent] | None = None, bucket: Bucket | None = None
+) -> tuple[tuple[jax.Array, ...], Activation, Bias | None]:
+    """q, k, v, rows, time on the device; the activation and the bias.
+
+    Args:
+        held: what the requests hold, where the case's extents are padded.
+        bucket: in place of the smallest one.
+    """
+    random, bucket = np.random.default_rng(seed), bucket or case.bucket
     shape = (case.blocks, bucket.tokens, case.heads, case.dim)
     keys = jax.random.split(jax.random.key(seed), 3)
     q, k, v = (jax.random.normal(key, shape, jnp.bfloat16) for key in keys)
     rows = np.zeros((case.layout.max_requests, 5 + case.blocks), np.int32)
     time = np.sort(NOW - np.exp(random.uniform(0, 17, (case.blocks, bucket.tokens)))).astype(np.int32)
-    for number, (extent, where) in enumerate(zip(case.extents, place(case.extents, bucket, case.layout), strict=True)):
+    places = place(case.extents, bucket, case.layout)
+    for number, (extent, where) in enumerate(zip(held or case.extents, places, strict=True)):
         start, lengths = where.candidate_start, [extent.history] * case.blocks
         rows[number] = (where.history_start, start, extent.candidates, 0, NOW, *lengths)
         time[:, start : start + case.layout.aligned(extent.candidates)] = rows[number, REQUEST_TIME]
     arrays = (q, k, v, jnp.asarray(rows), jnp.asarray(time))
     if not case.softmax:
-        return arrays, Silu(case.dim**-0.5, 16384.0), None
+        # Results of size 1, or else a chain of calls would tend to 0, where every kernel is right.
+        return arrays, Silu(case.dim**-0.5, 32.0), None
     per_head = (case.blocks, 1, case.heads)
     return (
         arrays,

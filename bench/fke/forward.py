@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
+import jax
 
-from bench.baselines.inputs import Run, make_inputs, packed_run
-from bench.baselines.runs import jax_runs
+from bench.baselines.inputs import Inputs, Run, packed_run
+from bench.baselines.runs import CLIMBER, HSTU, jax_runs
+from bench.fke.choice import chosen, named
+from bench.fke.passes import (
+    FUSED,
+    REFERENCE,
+    Progress,
+    apart,
+    batch,
+    compile_together,
+    configured,
+    first,
+    launches,
+    least_bytes,
+    useful_flops,
+    wait,
+)
+from bench.fke.roofline import Point
 from bench.timing import side_by_side
-from flame_jax.commandline import load
 from flame_jax.fke.device import target_of
-from flame_jax.fke.golden import Golden
-from flame_jax.models.cost import request_cost
 from flame_jax.models.kernel_choice import choose_kernels
-
-FUSED = "fused"
+from flame_jax.pallas_kernels.kernels import Kernels
 
 
 class Case(NamedTuple):
@@ -27,6 +39,11 @@ class Case(NamedTuple):
     history: int
     candidates: int
     reach: float
+
+    @property
+    def name(self) -> str:
+        """As it is chosen by."""
+        return f"{self.config} B={self.requests}"
 
 
 CASES = [
@@ -40,52 +57,76 @@ CASES = [
 """Histories of each block; a reach of 1 where another stack is what counts."""
 
 
-def forward(case: Case, device: Any, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Milliseconds of a forward pass by implementation, and how far each one's scores are from the reference's."""
-    config = load(["--config", f"configs/{case.config}.yaml"], prog="bench.fke")
-    inputs = make_inputs(config, case.requests, case.history, case.candidates)
+class _Prepared(NamedTuple):
+    """A case before it is timed."""
+
+    case: Case
+    inputs: Inputs
+    kernels: Kernels
+    runs: dict[str, Run]
+
+
+def forward(
+    only: Sequence[str], baselines: Sequence[str], device: jax.Device, progress: Progress, cases: Sequence[Case] = CASES
+) -> dict[str, Any]:
+    """The table's rows, with points of the roofline.
+
+    Args:
+        only: cases whose names hold one of these; all of them if there are none.
+        baselines: their names; all that a model has if there are none.
+    """
+    named(CLIMBER | HSTU, baselines)
+    prepared = []
+    for case in chosen(cases, only, lambda case: case.name):
+        if names := [name for name in _baselines(case) if not baselines or name in baselines]:
+            prepared.append(_prepare(case, names, device))
+        else:
+            progress(f"{case.name}: left out, its model has none of these baselines")
+    # All programs before anything is timed: then the device has nothing else to do.
+    compile_together(run for p in prepared for run in p.runs.values())
+    results = [_measure(p, progress) for p in prepared]
+    return {"forward": results, "points": [point for r in results for point in r.pop("points")]}
+
+
+def _baselines(case: Case) -> Iterable[str]:
+    return CLIMBER if configured(case.config).model.architecture == "climber" else HSTU
+
+
+def _prepare(case: Case, baselines: Sequence[str], device: jax.Device) -> _Prepared:
+    inputs = batch(case.config, case.requests, case.history, case.candidates)
+    config = inputs.config
     kernels = choose_kernels(config.model, config.layout, target_of(device).compute_capability, "auto")
-    runs = {FUSED: packed_run(inputs, kernels), "reference": packed_run(inputs), **jax_runs(inputs)}
-    scores, failed = _first(runs, progress)
-    runs = {name: run for name, run in runs.items() if name in scores}
-    milliseconds = side_by_side({name: run.launch for name, run in runs.items()})
-    others = {n: ms for n, ms in milliseconds.items() if n not in (FUSED, "reference")}
-    best = min(others, key=lambda n: others[n])
-    flops = case.requests * request_cost(config.model, config.schema, case.history, case.candidates).layers
-    pairs = case.requests * case.candidates
-    result = {
+    others = named(jax_runs(inputs), baselines)
+    return _Prepared(
+        case, inputs, kernels, {FUSED: packed_run(inputs, kernels), REFERENCE: packed_run(inputs), **others}
+    )
+
+
+def _measure(prepared: _Prepared, progress: Progress) -> dict[str, Any]:
+    """Milliseconds by implementation, and how far each one's scores are from the reference's."""
+    case, inputs, kernels, runs = prepared
+    scores, failed = first(runs, progress)
+    ready = launches({name: runs[name] for name in scores})
+    milliseconds = side_by_side(ready, rounds=5, seconds=0.1, wait=wait)
+    fused = milliseconds[FUSED]
+    best = min((name for name in milliseconds if name not in (FUSED, REFERENCE)), key=milliseconds.__getitem__)
+    flops, least = useful_flops(inputs), least_bytes(inputs)
+    progress(f"{case.name}: {fused:.3f} ms, {milliseconds[best] / fused:.2f} x {best}")
+    return {
         **case._asdict(),
         "kernels": kernels._asdict(),
         "ms": milliseconds,
         "best_baseline": best,
-        "ratio": others[best] / milliseconds[FUSED],
-        "pairs_per_second": pairs / milliseconds[FUSED] * 1e3,
-        "useful_tflops": flops / milliseconds[FUSED] / 1e9,
-        "apart": _apart(scores),
+        "ratio": milliseconds[best] / fused,
+        "pairs_per_second": case.requests * case.candidates / fused * 1e3,
+        "useful_tflops": flops / fused / 1e9,
+        "apart": apart(scores),
         "failed": failed,
+        "points": [
+            Point(f"{case.name}, {name}", "forward", name == FUSED, flops, least, milliseconds[name])._asdict()
+            for name in (FUSED, best)
+        ],
     }
-    progress(f"{case.config} B={case.requests}: {milliseconds[FUSED]:.3f} ms, {result['ratio']:.2f} x {best}")
-    return result
-
-
-def _first(runs: dict[str, Run], progress: Callable[[str], None]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Compile and run each once: scores, and what failed."""
-    scores, failed = {}, {}
-    for name, run in runs.items():
-        try:
-            scores[name] = run.scores(run.wait(run.launch()))
-        except Exception as error:
-            if name == FUSED:
-                raise
-            failed[name] = f"{type(error).__name__}: {str(error)[:300]}"
-            progress(f"{name} failed: {failed[name]}")
-    return scores, failed
-
-
-def _apart(scores: dict[str, np.ndarray]) -> dict[str, float]:
-    """Distance to the reference's scores, in units of how far its logits spread (see `Golden.apart`)."""
-    golden = Golden([], [scores["reference"].reshape(-1, scores["reference"].shape[-1])])
-    return {name: golden.apart(s.reshape(golden.scores[0].shape), golden.scores[0]) for name, s in scores.items()}
 
 
 def table(results: list[dict[str, Any]]) -> str:

@@ -2,26 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 
 from bench.fke.cases import CAUSAL, CLIMBER, HSTU, AttentionCase, following, inputs, layer_weights
+from bench.fke.choice import chosen
 from bench.fke.tilings import attention_tilings, layer_tilings
-from bench.timing import side_by_side
+from bench.threads import together
+from bench.timing import Launch, side_by_side
 from flame_jax.pallas_kernels.post_attention import mosaic as post_attention
 from flame_jax.pallas_kernels.sumi_attention import mosaic as sumi_attention
 from flame_jax.pallas_kernels.sumi_attention.types import LogBias, Softmax
 
+BETWEEN = ("climber_long B=8", CAUSAL[1].name, CAUSAL[2].name)
+"""Cases whose rows lie between those of others of the same shape: the nearest one's block sizes do."""
 CHAIN = 8
 """Calls of a kernel in one program, each on the last one's output: a launch alone takes longer than a small kernel."""
 SAME = 0.02
 """Two block sizes add up in another order: their results may differ by this, where values are of size 1."""
+FINALISTS = 3
+"""Block sizes of a shape that are timed for longer, after a short run of all of them."""
+ATTENTIONS = [case for case in [*CLIMBER, *HSTU, *CAUSAL] if case.name not in BETWEEN]
+
+
+class Shape(NamedTuple):
+    """What is tuned: `run(tiling, *operands)` is `CHAIN` calls. The rest is as in `Row`."""
+
+    operation: str
+    name: str
+    shape: dict[str, Any]
+    rows: int
+    tilings: list[Any]
+    run: Callable[..., jax.Array]
+    operands: list[jax.Array]
 
 
 class Row(NamedTuple):
@@ -35,10 +56,38 @@ class Row(NamedTuple):
     tiling: dict[str, int]
 
 
-def tune(progress: Callable[[str], None]) -> list[Row]:
-    """Time every tiling of every shape; those that give other results are told and left out."""
-    rows = [_attention(case, progress) for case in [*CLIMBER, *HSTU, *CAUSAL]]
-    return [*rows, *(_layer(tokens, progress) for tokens in (384, 3072, 12288, 32768))]
+class Place(NamedTuple):
+    """A program: shape `number` of `OPERATIONS[operation]` and one of its tilings."""
+
+    operation: str
+    number: int
+    tiling: int
+
+
+def tune(progress: Callable[[str], None], only: Sequence[str] = (), lowering: Executor | None = None) -> list[Row]:
+    """Time every tiling of every shape; those that give other results are told and left out.
+
+    Args:
+        only: operations whose names hold one of these; all of them if there are none.
+        lowering: where programs are lowered, in place of a process per core.
+    """
+    operations = chosen(OPERATIONS, only, str)
+    makers = {(name, n): make for name in operations for n, make in enumerate(OPERATIONS[name])}
+    # Pallas lowers in Python, a second or two for each kernel: threads would wait for each other.
+    with lowering or ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=_without_gpu) as pool:
+        shapes, failed = together(makers)
+        if failed:
+            raise RuntimeError("; ".join(failed.values()))
+        places = [Place(*key, tiling) for key, shape in shapes.items() for tiling in range(len(shape.tilings))]
+        launches, errors = together({p: partial(_compile, pool, p, shapes[p[:2]].operands) for p in places})
+    for place, error in errors.items():
+        shape = shapes[place[:2]]
+        progress(f"{shape.operation} {shape.name}: {shape.tilings[place.tiling]} does not compile: {error}")
+    rows = []
+    for key, shape in shapes.items():
+        mine = {str(shape.tilings[place.tiling]): run for place, run in launches.items() if place[:2] == key}
+        rows += [_fastest(shape, mine, progress)] if mine else []
+    return rows
 
 
 def entries(rows: list[Row]) -> dict[str, list[dict[str, Any]]]:
@@ -49,7 +98,7 @@ def entries(rows: list[Row]) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def _attention(case: AttentionCase, progress: Callable[[str], None]) -> Row:
+def _attention(case: AttentionCase) -> Shape:
     arrays, activation, bias = inputs(case)
     given = [activation.temperature] if isinstance(activation, Softmax) else []
     given += [bias.coefficients] if isinstance(bias, LogBias) else []
@@ -66,10 +115,10 @@ def _attention(case: AttentionCase, progress: Callable[[str], None]) -> Row:
     shape = sumi_attention.tuned_shape(case.heads, case.dim, case.dim, activation, bias, not case.softmax)
     tilings = attention_tilings(case.heads, case.dim, case.dim)
     rows = case.blocks * case.bucket.tokens
-    return _fastest("sumi_attention", case.name, shape, rows, tilings, run, [*arrays, *given], progress)
+    return Shape("sumi_attention", case.name, shape, rows, tilings, run, [*arrays, *given])
 
 
-def _layer(tokens: int, progress: Callable[[str], None]) -> Row:
+def _layer(tokens: int) -> Shape:
     width, hidden, random = 128, 512, np.random.default_rng(0)
     weights = layer_weights(random)
     names = list(weights)
@@ -83,48 +132,71 @@ def _layer(tokens: int, progress: Callable[[str], None]) -> Row:
 
     shape = {"width": width, "inner": width, "hidden": hidden}
     operands = [attended, x, *weights.values()]
-    return _fastest("post_attention", f"2 x {tokens} rows", shape, 2 * tokens, layer_tilings(), run, operands, progress)
+    return Shape("post_attention", f"2 x {tokens} rows", shape, 2 * tokens, layer_tilings(), run, operands)
 
 
-def _fastest(
-    operation: str,
-    name: str,
-    shape: dict[str, Any],
-    rows: int,
-    tilings: list[Any],
-    run: Callable[..., jax.Array],
-    operands: list[jax.Array],
-    progress: Callable[[str], None],
-) -> Row:
-    with ThreadPoolExecutor() as pool:
-        programs = pool.map(_compile, (partial(run, tiling) for tiling in tilings), [operands] * len(tilings))
-        compiled = dict(zip(map(str, tilings), programs, strict=True))
-    launches: dict[str, Callable[[], jax.Array]] = {}
-    launches |= {tiling: partial(c, *operands) for tiling, c in compiled.items() if not isinstance(c, str)}
-    for tiling, error in compiled.items():
-        if isinstance(error, str):
-            progress(f"{operation} {name}: {tiling} does not compile: {error}")
-    _drop_odd(launches, f"{operation} {name}", progress)
-    times = side_by_side(launches, rounds=5, seconds=0.02)
-    order = sorted(times, key=lambda tiling: times[tiling])
-    microseconds = {tiling: round(times[tiling] * 1e3 / CHAIN, 2) for tiling in order}
-    progress(f"{operation} {name}: {next(iter(microseconds.items()))}")
-    chosen = next(t for t in tilings if str(t) == order[0])
-    return Row(operation, name, shape, rows, microseconds, vars(chosen))
+OPERATIONS: dict[str, list[Callable[[], Shape]]] = {
+    "sumi_attention": [partial(_attention, case) for case in ATTENTIONS],
+    "post_attention": [partial(_layer, tokens) for tokens in (384, 3072, 12288, 32768)],
+}
 
 
-def _compile(function: Callable[..., jax.Array], operands: list[jax.Array]) -> jax.stages.Compiled | str:
-    try:
-        return jax.jit(function).lower(*operands).compile()
-    except Exception as error:  # told, and left out
-        return f"{type(error).__name__}: {str(error)[-200:]}"
+def _compile(pool: Executor, place: Place, operands: list[jax.Array]) -> Launch:
+    platform = "cuda" if jax.default_backend() == "gpu" else jax.default_backend()
+    program = jax.export.deserialize(bytearray(pool.submit(_exported, place, platform).result()))
+    return partial(jax.jit(program.call).lower(*operands).compile(), *operands)
 
 
-def _drop_odd(launches: dict[str, Callable[[], jax.Array]], name: str, progress: Callable[[str], None]) -> None:
-    results: Mapping[str, np.ndarray] = {t: np.asarray(run(), np.float32) for t, run in launches.items()}
-    usual = np.median(np.stack(list(results.values())), axis=0)
-    for tiling, result in results.items():
-        apart = float(np.abs(result - usual).max()) / max(1.0, float(np.abs(usual).max()))
-        if not apart <= SAME:
-            progress(f"{name}: {tiling} is {apart:.3g} off and left out")
+def _exported(place: Place, platform: str) -> bytes:
+    """A program in portable form, made without its operands."""
+    shape = _abstract(place.operation, place.number)
+    program = jax.jit(partial(shape.run, shape.tilings[place.tiling]))
+    return bytes(jax.export.export(program, platforms=[platform])(*shape.operands).serialize())
+
+
+def _abstract(operation: str, number: int) -> Shape:
+    """A shape with specifications in place of operands."""
+    made: list[Shape] = []
+
+    def operands() -> list[jax.Array]:
+        made.append(OPERATIONS[operation][number]())
+        return made[0].operands
+
+    specs: Any = jax.eval_shape(operands)
+    return made[0]._replace(operands=specs)
+
+
+def _without_gpu() -> None:
+    """In a process that lowers for a GPU which another one uses."""
+    jax.config.update("jax_platforms", "cpu")  # type: ignore[no-untyped-call]
+
+
+def _fastest(shape: Shape, launches: dict[str, Launch], progress: Callable[[str], None]) -> Row:
+    name = f"{shape.operation} {shape.name}"
+    _drop_odd(launches, name, progress)
+    times = side_by_side(launches, rounds=2, seconds=0.01)
+    best = sorted(times, key=times.__getitem__)[:FINALISTS]
+    finals = side_by_side({tiling: launches[tiling] for tiling in best}, rounds=5, seconds=0.02)
+    order = [*sorted(best, key=finals.__getitem__), *sorted(times.keys() - finals.keys(), key=times.__getitem__)]
+    microseconds = {tiling: round((times | finals)[tiling] * 1e3 / CHAIN, 2) for tiling in order}
+    progress(f"{name}: " + ", ".join(f"{tiling} {microseconds[tiling]} us" for tiling in order[:FINALISTS]))
+    tiling = next(t for t in shape.tilings if str(t) == order[0])
+    return Row(shape.operation, shape.name, shape.shape, shape.rows, microseconds, vars(tiling))
+
+
+def _drop_odd(launches: dict[str, Launch], name: str, progress: Callable[[str], None]) -> None:
+    """Leave those whose results are equal to what most of them give."""
+    results = {tiling: run() for tiling, run in launches.items()}
+    apart = {usual: {t: float(_apart(r, results[usual])) for t, r in results.items()} for usual in results}
+    usual = max(apart, key=lambda tiling: sum(far <= SAME for far in apart[tiling].values()))
+    for tiling, far in apart[usual].items():
+        if not far <= SAME:
+            progress(f"{name}: {tiling} is {far:.3g} off and left out")
             del launches[tiling]
+
+
+@jax.jit
+def _apart(result: jax.Array, usual: jax.Array) -> jax.Array:
+    """Largest difference, in units of the largest value where that is above 1."""
+    result, usual = result.astype(jnp.float32), usual.astype(jnp.float32)
+    return jnp.abs(result - usual).max() / jnp.maximum(1.0, jnp.abs(usual).max())
