@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flame_jax.pallas_kernels.post_attention.mosaic_form import Tiling as LayerTiling
-from flame_jax.pallas_kernels.sumi_attention.mosaic import together
+from flame_jax.pallas_kernels.sumi_attention.mosaic import most_heads
 from flame_jax.pallas_kernels.sumi_attention.mosaic_form import Tiling as AttentionTiling
 
 SHARED_MEMORY = 227 * 1024
@@ -12,17 +12,18 @@ _ROWS = 64
 
 def attention_tilings(heads: int, qk_dim: int, v_dim: int) -> list[AttentionTiling]:
     """Block sizes for heads of these dimensions."""
-    at_once, found = together(heads, qk_dim, v_dim), []
-    for warpgroups in (1, 2, 3):
-        for keys in (64, 128):
-            for stages in (2, 3, 4):
-                own = warpgroups * _ROWS * at_once * (2 * qk_dim + v_dim) * 2
-                steps = stages * keys * (at_once * (qk_dim + v_dim) * 2 + 12)
-                # Accumulators of the result and the scores, per thread; more of them spill.
-                registers = at_once * (v_dim + keys) // 2
-                limit = 160 if warpgroups < 3 else 96
-                if own + steps + 1024 <= SHARED_MEMORY and registers <= limit:
-                    found.append(AttentionTiling(warpgroups, keys, stages))
+    found = []
+    for at_once in sorted({1, most_heads(heads, qk_dim, v_dim)}):
+        for warpgroups in (1, 2, 3):
+            for keys in (64, 128):
+                for stages in (2, 3, 4):
+                    own = warpgroups * _ROWS * at_once * (2 * qk_dim + v_dim) * 2
+                    steps = stages * keys * (at_once * (qk_dim + v_dim) * 2 + 12)
+                    # Of scores and weights two each, results, the other heads' bias; more of them spill.
+                    registers = 3 * keys // 2 + at_once * v_dim // 2 + (keys // 2 if at_once > 1 else 0)
+                    limit = 192 if warpgroups < 3 else 128
+                    if own + steps + 1024 <= SHARED_MEMORY and registers <= limit:
+                        found.append(AttentionTiling(warpgroups, keys, stages, at_once))
     return found
 
 
@@ -30,9 +31,8 @@ def layer_tilings(width: int = 128, inner: int = 128, vectors: int = 1664) -> li
     """Block sizes for layers of this width."""
     found = []
     for warpgroups in (1, 2, 3):
-        for chunk in (64, 128):
-            for stages in (2, 3, 4):
-                memory = warpgroups * _ROWS * (inner + width) * 2 + 2 * stages * chunk * width * 2 + vectors * 4
-                if memory + 1024 <= SHARED_MEMORY and (chunk == 64 or warpgroups < 3):
-                    found.append(LayerTiling(warpgroups, chunk, stages))
+        for stages in (2, 3, 4):
+            memory = warpgroups * _ROWS * (inner + width) * 2 + 2 * stages * _ROWS * width * 2 + vectors * 4
+            if memory + 1024 <= SHARED_MEMORY:
+                found.append(LayerTiling(warpgroups, _ROWS, stages))  # twice as wide, accumulators spill
     return found

@@ -48,7 +48,7 @@ def sumi_attention(
     tiling = tiling or tiling_for(shape, q.shape[0] * q.shape[1])
     form = Form(
         heads=heads,
-        together=together(heads, qk_dim, v_dim),
+        together=tiling.heads or most_heads(heads, qk_dim, v_dim),
         qk_dim=qk_dim,
         v_dim=v_dim,
         scale=activation.scale if isinstance(activation, Silu) else None,
@@ -88,8 +88,8 @@ def misfit(dtype: Any, qk_dim: int, v_dim: int, align: int, bias: type | Bias | 
     return ""
 
 
-def together(heads: int, qk_dim: int, v_dim: int) -> int:
-    """Heads of one thread block, whose scores share a tile's logarithms: as many as registers allow."""
+def most_heads(heads: int, qk_dim: int, v_dim: int) -> int:
+    """Heads of one thread block, which share a tile's logarithms: as many as registers allow."""
     widest = max(qk_dim, v_dim, TILE)
     return max(n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or n * widest <= 128))
 
@@ -101,7 +101,7 @@ def tuned_shape(
     return {
         "qk_dim": qk_dim,
         "v_dim": v_dim,
-        "heads": together(heads, qk_dim, v_dim),
+        "heads": most_heads(heads, qk_dim, v_dim),
         "softmax": isinstance(activation, Softmax),
         "bias": isinstance(bias, LogBias),
         "causal": causal,
@@ -112,7 +112,7 @@ def tiling_for(shape: Mapping[str, Any], rows: int) -> Tiling:
     """The measured one, or else one that fits the registers and the shared memory."""
     if found := tuned.best("sumi_attention", shape, rows):
         return Tiling(**found)
-    return Tiling(warpgroups=1 if max(shape["qk_dim"], shape["v_dim"]) > 128 else 2)
+    return Tiling(warpgroups=1, stages=2) if max(shape["qk_dim"], shape["v_dim"]) > 128 else Tiling()
 
 
 # Layers differ in operands only, so that a stack of them is lowered once.

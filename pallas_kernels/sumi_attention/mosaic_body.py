@@ -6,9 +6,8 @@ The last warpgroup loads keys and values, `Tiling.stages` steps ahead; the other
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -25,15 +24,10 @@ from flame_jax.pallas_kernels.hopper import (
     per_row,
     tile_memory,
 )
-from flame_jax.pallas_kernels.sumi_attention.mosaic_form import MASKED, Form, Memory
+from flame_jax.pallas_kernels.sumi_attention.mosaic_form import MASKED, Barriers, Form, Job, Memory
+from flame_jax.pallas_kernels.sumi_attention.mosaic_loop import Loop
 from flame_jax.pallas_kernels.sumi_attention.mosaic_step import (
-    hidden_pairs,
-    logits_of,
-    logs_of,
-    mix,
-    scores_of,
     silu,
-    weigh,
 )
 from flame_jax.pallas_kernels.sumi_attention.schedule import (
     FIRST_ROW,
@@ -44,38 +38,6 @@ from flame_jax.pallas_kernels.sumi_attention.schedule import (
     POSITION,
     ROWS,
 )
-
-
-class _Barriers(NamedTuple):
-    q_ready: Any
-    own_ready: Any
-    k_ready: Any
-    v_ready: Any
-    tail_ready: Any
-    consumed: Any
-
-
-class _Job(NamedTuple):
-    """What is to be done: scalars, and the operands in global memory."""
-
-    block: jax.Array
-    head: jax.Array
-    row: jax.Array
-    rows: jax.Array
-    key_start: jax.Array
-    position: jax.Array
-    is_history: jax.Array
-    length: jax.Array
-    scenario: jax.Array
-    steps: jax.Array
-    q: Any
-    k: Any
-    v: Any
-    temperature: Any
-    coefficients: Any
-    time: Any
-    key_log: Any
-    out: Any
 
 
 def body(*refs: Any, form: Form) -> None:
@@ -94,16 +56,17 @@ def body(*refs: Any, form: Form) -> None:
         key_log=plgpu.SMEM((s, 2, keys), jnp.float32) if form.biased else None,
         weights=tiles(w, rows=TILE, width=keys) if form.interpret else None,
     )
-    barriers = _Barriers(
+    barriers = Barriers(
         q_ready=plgpu.Barrier(num_arrivals=n + form.biased, num_barriers=w),
         own_ready=plgpu.Barrier(num_arrivals=2 * n, num_barriers=w),
         k_ready=plgpu.Barrier(num_arrivals=n + 2 * form.biased, num_barriers=s),
         v_ready=plgpu.Barrier(num_arrivals=n, num_barriers=s),
         tail_ready=plgpu.Barrier(num_arrivals=n),
-        consumed=plgpu.Barrier(num_arrivals=w, num_barriers=s),
+        k_free=plgpu.Barrier(num_arrivals=w, num_barriers=s),
+        v_free=plgpu.Barrier(num_arrivals=w, num_barriers=s),
     )
 
-    def work_off(memory: Memory, barriers: _Barriers) -> None:
+    def work_off(memory: Memory, barriers: Barriers) -> None:
         job, group = _job(refs, number, form), lax.axis_index("warpgroup")
 
         @pl.when(group == w)
@@ -121,7 +84,7 @@ def body(*refs: Any, form: Form) -> None:
         pl.run_scoped(work_off, memory, barriers, collective_axes="warpgroup")
 
 
-def _job(refs: tuple[Any, ...], number: jax.Array, form: Form) -> _Job:
+def _job(refs: tuple[Any, ...], number: jax.Array, form: Form) -> Job:
     work, q, k, v, *rest, out = refs
     temperature = _own_layer(rest) if form.softmax else None
     coefficients = _own_layer(rest) if form.biased else None
@@ -133,7 +96,7 @@ def _job(refs: tuple[Any, ...], number: jax.Array, form: Form) -> _Job:
     seen = length
     if form.causal:
         seen = jnp.where(is_history, jnp.minimum(length, position + rows), length)
-    return _Job(
+    return Job(
         block=block,
         head=lax.rem(stack, groups) * form.together,
         row=pl.multiple_of(work[number, FIRST_ROW], form.align),
@@ -161,12 +124,12 @@ def _own_layer(operands: list[Any]) -> Any:
     return stack.at[layer[0]]
 
 
-def _columns(job: _Job, i: int, width: int) -> Any:
+def _columns(job: Job, i: int, width: int) -> Any:
     """Of the thread block's head `i`."""
     return pl.ds((job.head + i) * width, width)
 
 
-def _load(job: _Job, memory: Memory, barriers: _Barriers, form: Form) -> None:
+def _load(job: Job, memory: Memory, barriers: Barriers, form: Form) -> None:
     """Keys and values, step by step, into whatever stage is free."""
     stages, keys = form.tiling.stages, form.tiling.keys
 
@@ -176,7 +139,7 @@ def _load(job: _Job, memory: Memory, barriers: _Barriers, form: Form) -> None:
 
         @pl.when(step >= stages)
         def _() -> None:
-            plgpu.barrier_wait(barriers.consumed.at[slot])
+            plgpu.barrier_wait(barriers.k_free.at[slot])
 
         at, k_ready = pl.ds(job.key_start + step * keys, keys), barriers.k_ready.at[slot]
         for i in range(form.together):
@@ -186,6 +149,10 @@ def _load(job: _Job, memory: Memory, barriers: _Barriers, form: Form) -> None:
             plgpu.copy_gmem_to_smem(job.time.at[job.block, at], memory.key_time.at[slot], k_ready)
             plgpu.copy_gmem_to_smem(job.key_log.at[job.block, :, at], memory.key_log.at[slot], k_ready)
         whole = (step + 1) * keys <= job.length
+
+        @pl.when(step >= stages)
+        def _() -> None:
+            plgpu.barrier_wait(barriers.v_free.at[slot])
 
         def load_values(ready: Any) -> None:
             for i in range(form.together):
@@ -206,7 +173,8 @@ def _load(job: _Job, memory: Memory, barriers: _Barriers, form: Form) -> None:
 
     @pl.loop(jnp.maximum(job.steps - stages, 0), job.steps)
     def _(step: jax.Array) -> None:
-        plgpu.barrier_wait(barriers.consumed.at[lax.rem(step, stages)])
+        plgpu.barrier_wait(barriers.k_free.at[lax.rem(step, stages)])
+        plgpu.barrier_wait(barriers.v_free.at[lax.rem(step, stages)])
 
 
 def _clear_tail(v: Any, first: jax.Array, form: Form) -> None:
@@ -220,7 +188,7 @@ def _clear_tail(v: Any, first: jax.Array, form: Form) -> None:
     plgpu.commit_smem()
 
 
-def _compute(job: _Job, group: jax.Array, memory: Memory, barriers: _Barriers, form: Form) -> None:
+def _compute(job: Job, group: jax.Array, memory: Memory, barriers: Barriers, form: Form) -> None:
     """One warpgroup's 64 query rows."""
     offset = group * TILE
     begin = job.position + offset  # of these rows in the history
@@ -234,19 +202,8 @@ def _compute(job: _Job, group: jax.Array, memory: Memory, barriers: _Barriers, f
         return tuple(_see_own(job, group, begin, i, factors[i][0], memory, form) for i in range(form.together))
 
     state = lax.cond(alone, own_keys, lambda: (_nothing(form),) * form.together)
-
-    def all_steps(history: bool, state: Any) -> Any:
-        whole = lax.div(job.length, form.tiling.keys)
-        if form.causal and history:
-            whole = jnp.minimum(whole, lax.div(begin, form.tiling.keys))
-        one = partial(_step_of, job, group, begin, factors, memory, barriers, form, history)
-        state = lax.fori_loop(0, whole, one(False), state)
-        return lax.fori_loop(whole, job.steps, one(True), state)
-
-    if form.biased or form.causal:
-        state = lax.cond(job.is_history, partial(all_steps, True), partial(all_steps, False), state)
-    else:
-        state = all_steps(False, state)
+    loop = Loop(job, group, begin, factors, memory, barriers, form)
+    state = lax.cond(job.steps > 0, loop.attend, lambda state: state, state)
     for i, (mixed, *running) in enumerate(state):
         inverse = per_row(1.0 / running[1], mixed) if form.softmax else 1.0 / form.divisor
         memory.own_v[group, i] = (mixed * inverse).astype(form.dtype)
@@ -254,7 +211,7 @@ def _compute(job: _Job, group: jax.Array, memory: Memory, barriers: _Barriers, f
     _store(job, offset, memory.own_v.at[group], form)
 
 
-def _load_own(job: _Job, group: jax.Array, alone: jax.Array, memory: Memory, barriers: _Barriers, form: Form) -> None:
+def _load_own(job: Job, group: jax.Array, alone: jax.Array, memory: Memory, barriers: Barriers, form: Form) -> None:
     row = job.row + group * TILE
     ready, own = barriers.q_ready.at[group], pl.ds(row + form.first, TILE)
     for i in range(form.together):
@@ -273,7 +230,7 @@ def _load_own(job: _Job, group: jax.Array, alone: jax.Array, memory: Memory, bar
             plgpu.copy_gmem_to_smem(source, memory.own_v.at[group, i], ready)
 
 
-def _store(job: _Job, offset: jax.Array, result: Any, form: Form) -> None:
+def _store(job: Job, offset: jax.Array, result: Any, form: Form) -> None:
     """The rows that belong to the job: rows after them may be another request's."""
     piece = min(form.align, TILE)
     for at in range(0, TILE, piece):
@@ -288,7 +245,7 @@ def _store(job: _Job, offset: jax.Array, result: Any, form: Form) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
-def _factors(job: _Job, i: int, form: Form) -> list[Any]:
+def _factors(job: Job, i: int, form: Form) -> list[Any]:
     """Of q . k and of the bias's three terms. Softmax counts in powers of 2."""
     if form.scale is not None:
         scale, unit = form.scale, 1.0
@@ -310,7 +267,7 @@ def _nothing(form: Form) -> tuple[Any, ...]:
 
 
 def _see_own(
-    job: _Job, group: jax.Array, begin: jax.Array, i: int, scale: Any, memory: Memory, form: Form
+    job: Job, group: jax.Array, begin: jax.Array, i: int, scale: Any, memory: Memory, form: Form
 ) -> tuple[Any, ...]:
     """The same where a row that is no history row has seen its own key."""
     position = plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=ROW) + begin
@@ -322,31 +279,3 @@ def _see_own(
     weight = jnp.where(sees, 1.0 if form.softmax else silu(own), 0.0)
     mixed = value * per_row(weight, value)
     return (mixed, jnp.where(sees, own, MASKED), weight) if form.softmax else (mixed,)
-
-
-def _step_of(
-    job: _Job,
-    group: jax.Array,
-    begin: jax.Array,
-    factors: list[list[Any]],
-    memory: Memory,
-    barriers: _Barriers,
-    form: Form,
-    history: bool,
-    masked: bool,
-) -> Callable[[jax.Array, Any], Any]:
-    """Takes one step's keys in; masked where some may be hidden."""
-
-    def step(number: jax.Array, state: Any) -> Any:
-        slot, key = lax.rem(number, form.tiling.stages), number * form.tiling.keys
-        plgpu.barrier_wait(barriers.k_ready.at[slot])
-        scores = scores_of(memory.q.at[group], memory.k.at[slot], form)
-        logs = logs_of(begin - key, group, slot, memory, form, history) if form.biased else None
-        hidden = hidden_pairs(job.length, begin, key, form, history) if masked else None
-        weighted = [weigh(logits_of(scores[i], factors[i], logs), hidden, state[i], form) for i in range(form.together)]
-        plgpu.barrier_wait(barriers.v_ready.at[slot])
-        mixed = mix(weighted, memory.v.at[slot], memory.weights.at[group] if form.interpret else None)
-        plgpu.barrier_arrive(barriers.consumed.at[slot])
-        return tuple((new, *running) for new, (_, _, *running) in zip(mixed, weighted, strict=True))
-
-    return step
