@@ -38,12 +38,21 @@ class Hstu(OneBlockRanker):
     def represent(self, x: jax.Array, packed: Packed, drop: Drop) -> jax.Array:
         """[1, T, d] -> [C, d]."""
         depth = self.config.layers
+        weights = {name: leaf[...] for name, leaf in self.layers.items()}
         x = self._encode_input(x, packed)
         for index in range(depth):
-            weights = {name: leaf[...][index] for name, leaf in self.layers.items()}
+            attention = self._attention(weights, index, packed)
             first = packed.first_candidate if index == depth - 1 else 0
-            attention = self._attention(weights, packed)
-            x = hstu_layer(x, weights, attention, config=self.config, first=first, drop=drop)
+            x = hstu_layer(
+                x,
+                weights,
+                index,
+                attention,
+                config=self.config,
+                first=first,
+                drop=drop,
+                kernels=packed.kernels,
+            )
         return self.finish(x, packed)
 
     def _encode_input(self, x: jax.Array, packed: Packed) -> jax.Array:
@@ -57,10 +66,10 @@ class Hstu(OneBlockRanker):
             x = x + self.time[...].astype(x.dtype)[bucket]
         return x
 
-    def _attention(self, weights: Weights, packed: Packed) -> Attention:
+    def _attention(self, weights: Weights, layer: int, packed: Packed) -> Attention:
         research = self.config.hstu.variant == "research"
         return packed.attention(
             Silu(1.0 if research else self.config.head_dim**-0.5, self.config.hstu.attention_divisor),
-            bias=TableBias(weights["pos"], weights["ts"]) if research else None,
+            bias=TableBias(weights["pos"][layer], weights["ts"][layer]) if research else None,
             causal=True,
         )

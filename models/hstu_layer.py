@@ -3,62 +3,69 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from flame_jax.config import ModelConfig
 from flame_jax.models.layers import Attention, Weights, merge_heads
 from flame_jax.models.params import Param, constant, normal
-from flame_jax.pallas_kernels.rows import Drop, keep, layer_norm, normalise
+from flame_jax.pallas_kernels.gated_output.api import gated_output
+from flame_jax.pallas_kernels.kernels import REFERENCE, Kernels
+from flame_jax.pallas_kernels.pre_attention.api import pre_attention
+from flame_jax.pallas_kernels.rows import Drop, keep
 
 
 def hstu_layer(
-    x: jax.Array, weights: Weights, attention: Attention, *, config: ModelConfig, first: int = 0, drop: Drop = keep
+    x: jax.Array,
+    weights: Weights,
+    layer: int,
+    attention: Attention,
+    *,
+    config: ModelConfig,
+    first: int = 0,
+    drop: Drop = keep,
+    kernels: Kernels = REFERENCE,
 ) -> jax.Array:
     """One layer of the configured variant.
 
     Args:
         x: [..., n, D].
+        weights: those of `layer_weights`, with a leading axis [layers].
+        layer: which of them.
         attention: (q [..., n - first, H, dqk], k [..., n, H, dqk], v [..., n, H, dv]) -> [..., n - first, H, dv].
         first: rows before it serve as keys only and are not computed.
+        kernels: implementation of each operation.
 
     Returns:
         [..., n - first, D].
     """
-    variant, heads = config.hstu.variant, config.heads
-    sizes = [heads * config.hstu.value_dim] * 2 + [heads * config.head_dim] * 2
+    variant = config.hstu.variant
     epsilon = 1e-5 if variant == "recsys_examples" else 1e-6
-    if variant == "research":
-        mixed = normalise(x, epsilon).astype(x.dtype) @ weights["uvqk_w"].astype(x.dtype)
-    else:
-        h = layer_norm(x, weights["input_scale"], weights["input_shift"], epsilon)
-        mixed = h @ weights["uvqk_w"].astype(x.dtype) + weights["uvqk_b"].astype(x.dtype)
-    if variant != "dlrm_v3":
-        mixed = jax.nn.silu(mixed)
-    u, v, q, k = jnp.split(mixed, [sum(sizes[:1]), sum(sizes[:2]), sum(sizes[:3])], axis=-1)
-    if variant == "dlrm_v3":
-        u = jax.nn.silu(u)
-    u, x = u[..., first:, :], x[..., first:, :]
-    shape = (*k.shape[:-1], heads, -1)
-    q, k, v = q.reshape(shape), k.reshape(shape), v.reshape(shape)
+    u, *qkv = pre_attention(
+        x,
+        weights,
+        layer,
+        sizes=column_sizes(config),
+        gate_only=variant == "dlrm_v3",
+        epsilon=epsilon,
+        implementation=kernels.pre_attention,
+    )
+    v, q, k = (y.reshape(*y.shape[:-1], config.heads, -1) for y in qkv)
     o = merge_heads(attention(q[..., first:, :, :], k, v))
-    if variant == "research":
-        gated = u * normalise(o, epsilon).astype(x.dtype)
-    else:
-        gated = u * layer_norm(o, weights["output_scale"], weights["output_shift"], epsilon)
-    if variant == "dlrm_v3":
-        gated = jnp.concatenate([u, o, gated], axis=-1)
-    y = gated @ weights["out_w"].astype(x.dtype)
-    if variant == "research":
-        y = y + weights["out_b"].astype(x.dtype)
-    return x + drop(y)
+    return gated_output(
+        o, u, x, weights, layer, epsilon=epsilon, first=first, drop=drop, implementation=kernels.gated_output
+    )
+
+
+def column_sizes(config: ModelConfig) -> tuple[int, int, int, int]:
+    """Columns of u, v, q and k."""
+    values, keys = config.heads * config.hstu.value_dim, config.heads * config.head_dim
+    return values, values, keys, keys
 
 
 def layer_weights(rngs: nnx.Rngs, config: ModelConfig) -> nnx.Dict[Param]:
     """The stacked layers' weights, with a leading axis [layers]."""
     stack, d, hstu = config.layers, config.width, config.hstu
-    values = config.heads * hstu.value_dim
-    mixed = 2 * (values + config.heads * config.head_dim)
+    values, mixed = config.heads * hstu.value_dim, sum(column_sizes(config))
     outputs = 3 * values if hstu.variant == "dlrm_v3" else values
     weights = nnx.Dict(
         uvqk_w=normal(rngs, (stack, d, mixed), d**-0.5), out_w=normal(rngs, (stack, outputs, d), outputs**-0.5)

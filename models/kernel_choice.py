@@ -14,6 +14,8 @@ from flame_jax.pallas_kernels.kernels import REFERENCE, Implementation, Kernels
 HOPPER = "9.0"
 """The compute capability that the kernels are written for."""
 
+_ROW_WISE = {"climber": ("post_attention",), "hstu": ("pre_attention", "gated_output")}
+
 log = logging.getLogger(__name__)
 
 
@@ -47,7 +49,7 @@ def choose_kernels(
 
 def operations(model: ModelConfig) -> tuple[str, ...]:
     """The fused operations that a model has."""
-    return ("sumi_attention", "post_attention") if model.architecture == "climber" else ("sumi_attention",)
+    return ("sumi_attention", *_ROW_WISE.get(model.architecture, ()))
 
 
 def in_use(model: ModelConfig, kernels: Kernels) -> dict[str, str]:
@@ -57,16 +59,22 @@ def in_use(model: ModelConfig, kernels: Kernels) -> dict[str, str]:
 
 def _misfits(model: ModelConfig, layout: Layout) -> dict[str, str]:
     # Where no kernel is asked for, Pallas need not be imported.
+    from flame_jax.models.hstu_layer import column_sizes
+    from flame_jax.pallas_kernels.gated_output import mosaic as gated_output
     from flame_jax.pallas_kernels.post_attention import mosaic as post_attention
+    from flame_jax.pallas_kernels.pre_attention import mosaic as pre_attention
     from flame_jax.pallas_kernels.sumi_attention import mosaic as sumi_attention
     from flame_jax.pallas_kernels.sumi_attention.types import TableBias
 
     dtype, hstu = jnp.dtype(model.dtype), model.architecture == "hstu"
     values = model.hstu.value_dim if hstu else model.head_dim
-    bias = TableBias if hstu and model.hstu.variant == "research" else None
+    research = hstu and model.hstu.variant == "research"
+    width, align, sizes = model.width, layout.align, column_sizes(model)
     inner = model.heads * model.head_dim
     misfits = {
-        "sumi_attention": sumi_attention.misfit(dtype, model.head_dim, values, layout.align, bias),
-        "post_attention": post_attention.misfit(dtype, model.width, inner, model.ffn, layout.align),
+        "sumi_attention": sumi_attention.misfit(dtype, model.head_dim, values, align, TableBias if research else None),
+        "post_attention": post_attention.misfit(dtype, width, inner, model.ffn, align),
+        "pre_attention": pre_attention.misfit(dtype, width, sizes, align, plain=research),
+        "gated_output": gated_output.misfit(dtype, width, sizes[0], align, plain=research),
     }
     return {operation: misfits[operation] for operation in operations(model)}

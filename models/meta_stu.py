@@ -111,7 +111,7 @@ def _run(
     )
     x = x[None]
     for index in range(config.layers):
-        x = hstu_layer(x, {name: w[index] for name, w in weights.items()}, attention, config=config)
+        x = hstu_layer(x, weights, index, attention, config=config)
     return x[0]
 
 

@@ -15,11 +15,11 @@ from flame_jax.pallas_kernels.rows import EPSILON
 TILE = 64
 """Rows of a warpgroup: what one wgmma instruction takes."""
 
-PROCESSORS = 132
-"""Streaming multiprocessors of an H100."""
-
 FULL, ROW, COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 """Where a warpgroup's threads hold an accumulator, one number per row of it, and one per column."""
+
+MULTIPROCESSORS = 132
+"""Of an H100 or H200: thread blocks that are started where each works off a list. Another number is right, too."""
 
 # (Registers a thread of the warpgroups that compute, of the one that loads.) More than 65536 in all never start.
 _REGISTERS = {1: (232, 40), 2: (232, 40), 3: (160, 24)}
@@ -68,6 +68,81 @@ def norm_rows(y: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
     return centred * per_row(spread, y) * per_column(scale, y) + per_column(shift, y)
 
 
+def silu(x: jax.Array) -> jax.Array:
+    """x * sigmoid(x)."""
+    half = x * 0.5
+    return half + half * jnp.tanh(half)  # one special function instead of two
+
+
+def zeros(*shape: int, layout: Any) -> jax.Array:
+    """float32 zeros where a warpgroup's threads hold them."""
+    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
+
+
+def share(total: int, cluster: int) -> tuple[Any, Any]:
+    """Which of `total` items a cluster of thread blocks does: (its number, how many).
+
+    Its item n is number `first + n * clusters_for(total, cluster)`. The grid is one axis, "block", of `clusters_for`.
+    """
+    first, clusters = lax.axis_index("block"), clusters_for(total, cluster)
+    return first, lax.div(total - first + (clusters - 1), clusters)
+
+
+def clusters_for(total: int, cluster: int) -> int:
+    """Clusters of so many thread blocks that work off `total` items."""
+    return min(total, max(1, MULTIPROCESSORS // cluster))
+
+
+def released(arrivals: int, number: int, cluster: int) -> Any:
+    """Barriers that tell the loaders of a whole cluster that its warpgroups, `arrivals` a thread block, are through."""
+    if cluster == 1:
+        return plgpu.Barrier(num_arrivals=arrivals, num_barriers=number)
+    return plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=arrivals, num_barriers=number)
+
+
+def copy_to_cluster(source: Any, to: Any, ready: Any, cluster: int, interpret: bool) -> None:
+    """Global memory to the shared memory of every thread block of a cluster, all of which call this with one source."""
+    # In the interpreter every block copies for itself.
+    shared = {} if interpret or cluster == 1 else {"collective_axes": "cluster"}
+    plgpu.copy_gmem_to_smem(source, to, ready, **shared)
+
+
+def free_slot(at: jax.Array, stages: int, free: Any) -> jax.Array:
+    """For the tile number `at` of a ring: its slot, once what lay there was used."""
+    slot = lax.rem(at, stages)
+
+    @pl.when(at >= stages)
+    def _() -> None:
+        plgpu.barrier_wait(free.at[slot])
+
+    return slot
+
+
+def drain(tiles: jax.Array, stages: int, free: Any) -> None:
+    """Wait until the last of so many tiles of a ring are used."""
+
+    @pl.loop(jnp.maximum(tiles - stages, 0), tiles)
+    def _(at: jax.Array) -> None:
+        plgpu.barrier_wait(free.at[lax.rem(at, stages)])
+
+
+def add_moments(piece: jax.Array, before: jax.Array, seen: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Of every row, over `before` pieces and one more (Chan's rule): mean, and sum of squared distances from it.
+
+    Args:
+        piece: float32[64, 64].
+        seen: the same, over the pieces before: float32[64] each, held as `ROW`.
+    """
+    mean, squares = seen
+    count = before.astype(jnp.float32)
+    weight = 1.0 / (count + 1.0)
+    own = piece.sum(axis=1) * (1.0 / TILE)
+    centred = piece - per_row(own, piece)
+    apart = own - mean
+    squares = squares + (centred * centred).sum(axis=1) + apart * apart * (count * weight * TILE)
+    return mean + apart * weight, squares
+
+
 class Ring(NamedTuple):
     """Tiles on their way from one warpgroup that loads to others that read, in the order of their numbers 0, 1, ...
 
@@ -94,12 +169,7 @@ class Ring(NamedTuple):
 
     def send(self, number: jax.Array, source: Any) -> None:
         """Copy a tile from global memory, as soon as its place is free."""
-        slot = lax.rem(number, self.stages)
-
-        @pl.when(number >= self.stages)
-        def _() -> None:
-            plgpu.barrier_wait(self.free.at[slot])
-
+        slot = free_slot(number, self.stages, self.free)
         plgpu.copy_gmem_to_smem(source, self.buffer.at[slot], self.ready.at[slot])
 
     def take(self, number: jax.Array) -> Any:
@@ -114,7 +184,4 @@ class Ring(NamedTuple):
 
     def drain(self, count: jax.Array) -> None:
         """Wait until the last of so many tiles have been given back."""
-
-        @pl.loop(jnp.maximum(count - self.stages, 0), count)
-        def _(number: jax.Array) -> None:
-            plgpu.barrier_wait(self.free.at[lax.rem(number, self.stages)])
+        drain(count, self.stages, self.free)

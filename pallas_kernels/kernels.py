@@ -12,6 +12,8 @@ class Kernels(NamedTuple):
 
     sumi_attention: Implementation = "xla"
     post_attention: Implementation = "xla"
+    pre_attention: Implementation = "xla"
+    gated_output: Implementation = "xla"
 
 
 REFERENCE = Kernels()

@@ -104,7 +104,8 @@ def hstu_stack(
     form = silu.Silu(config.head_dim**-0.5, config.hstu.attention_divisor, history)
     for index, layer in enumerate(weights):
         first = history if index == len(weights) - 1 else 0
-        x = hstu_layer(x, layer, lambda q, k, v: attention(q, k, v, form), config=config, first=first)
+        stack = {name: weight[None] for name, weight in layer.items()}
+        x = hstu_layer(x, stack, 0, lambda q, k, v: attention(q, k, v, form), config=config, first=first)
     return x
 
 

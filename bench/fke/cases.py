@@ -115,6 +115,22 @@ def inputs(
     )
 
 
+def hstu_weights(random: np.random.Generator, width: int = 512) -> dict[str, jax.Array]:
+    """Two of HSTU's layers (`dlrm_v3`, heads as wide as the model together), by name, as `layer_weights`."""
+    weights = {}
+    for name, rows, columns in (("uvqk", width, 4 * width), ("out", 3 * width, width)):
+        weights[f"{name}_w"] = jnp.asarray(random.normal(size=(2, rows, columns)) * rows**-0.5, jnp.bfloat16)
+    for name, size, mean in (
+        ("uvqk_b", 4 * width, 0),
+        ("input_scale", width, 1),
+        ("input_shift", width, 0),
+        ("output_scale", width, 1),
+        ("output_shift", width, 0),
+    ):
+        weights[name] = jnp.asarray(mean + 0.1 * random.normal(size=(2, size)), jnp.float32)
+    return weights
+
+
 def layer_weights(random: np.random.Generator, width: int = 128, hidden: int = 512) -> dict[str, jax.Array]:
     """Two post-norm layers of two blocks, by name: bfloat16 matrices, float32 vectors."""
     sizes = {"qkv": (width, 3 * width), "out": (width, width), "ffn1": (width, hidden), "ffn2": (hidden, width)}

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from bench.fke import oracle
-from bench.fke.cases import following, layer_weights
+from bench.fke.cases import following, hstu_weights, layer_weights
 from flame_jax.packing import CANDIDATE_START, REQUEST_TIME, Bucket, Extent, Layout, place
+from flame_jax.pallas_kernels.gated_output import api as gated_output_api
+from flame_jax.pallas_kernels.gated_output import mosaic as gated_output
 from flame_jax.pallas_kernels.post_attention import api as post_attention_api
 from flame_jax.pallas_kernels.post_attention import mosaic as post_attention
+from flame_jax.pallas_kernels.pre_attention import api as pre_attention_api
+from flame_jax.pallas_kernels.pre_attention import mosaic as pre_attention
 from flame_jax.pallas_kernels.sumi_attention import mosaic as sumi_attention
 from flame_jax.pallas_kernels.sumi_attention.types import LogBias, Silu, Softmax
 
 LAYOUT, BUCKET, SCENARIOS = Layout(align=64, max_requests=64), Bucket(8192, 4096), 3
 TOLERANCE = {0.99: 0.01, 1.0: 0.06}
 """Share of the elements -> largest difference, in units of the values' spread: bfloat16 holds three digits."""
-
+HSTU_CASES = [(64, 1), (320, 1), (3072, 1), (17024, 1), (320, 2), (17024, 2)]
+"""Rows, and thread blocks of a cluster: 1 with the block sizes that are served. 17,024 rows are more items than an H100
+has multiprocessors."""
 
 Report = Callable[[str, bool], None]
 
@@ -68,6 +74,8 @@ def check(report: Report, seed: int = 0) -> None:
     for attention in ATTENTIONS:
         _guarded(partial(_check_attention, attention), f"sumi_attention {attention.name}", report, seed)
     _guarded(_check_layer, "post_attention", report, seed)
+    _guarded(_check_before, "pre_attention", report, seed)
+    _guarded(_check_after, "gated_output", report, seed)
 
 
 def _guarded(run: Callable[[str, Report, np.random.Generator], None], name: str, report: Report, seed: int) -> None:
@@ -182,7 +190,47 @@ def _check_layer(name: str, report: Report, random: np.random.Generator) -> None
             expected = post_attention_api.post_attention(
                 attended.astype(jnp.float32), x.astype(jnp.float32), exact, 0, following=following(exact)
             )
-        apart = [np.abs(np.asarray(a, np.float32) - np.asarray(b)) for a, b in zip(found, expected, strict=True)]
-        every = np.concatenate([a.ravel() for a in apart])
-        good = np.isfinite(every).all() and all(np.quantile(every, s) <= 2 * limit for s, limit in TOLERANCE.items())
-        report(f"{name}: {rows} rows: {every.max():.4f}", bool(good))
+        _report_apart(f"{name}: {rows} rows", found, expected, report)
+
+
+def _check_before(name: str, report: Report, random: np.random.Generator) -> None:
+    width, given = 512, hstu_weights(random)
+    exact, sizes = {n: w.astype(jnp.float32) for n, w in given.items()}, (512,) * 4
+    for rows, cluster in HSTU_CASES:
+        tiling = pre_attention.Tiling(cluster=cluster) if cluster > 1 else None
+        for gate_only in (True, False):
+            settings: dict[str, Any] = {"sizes": sizes, "gate_only": gate_only, "epsilon": 1e-6}
+            x = jnp.asarray(0.5 + random.normal(size=(1, rows, width)), jnp.bfloat16)
+            run = partial(pre_attention.pre_attention, tiling=tiling, **settings)
+            poison(rows * width)
+            found = jax.jit(lambda x, run=run: run(x, given, 1))(x)
+            with jax.default_matmul_precision("highest"):
+                expected = pre_attention_api.pre_attention(x.astype(jnp.float32), exact, 1, **settings)
+            what = "SiLU of u" if gate_only else "SiLU of all"
+            _report_apart(f"{name}: {rows} rows, {what}, cluster of {cluster}", found, expected, report)
+
+
+def _check_after(name: str, report: Report, random: np.random.Generator) -> None:
+    width, whole = 512, hstu_weights(random)
+    for rows, cluster in HSTU_CASES:
+        tiling = gated_output.Tiling(cluster=cluster) if cluster > 1 else None
+        for given, first in ((whole, 0), (whole, 192), (whole | {"out_w": whole["out_w"][:, :width]}, 0)):
+            exact = {n: w.astype(jnp.float32) for n, w in given.items()}
+            o, u, x = (
+                jnp.asarray(random.normal(size=(1, n, width)), jnp.bfloat16) for n in (rows, rows + first, rows + first)
+            )
+            run = partial(gated_output.gated_output, epsilon=1e-6, first=first, tiling=tiling)
+            poison(rows * width)
+            found = jax.jit(lambda *arrays, run=run, given=given: run(*arrays, given, 1))(o, u, x)
+            with jax.default_matmul_precision("highest"):
+                o, u, x = (y.astype(jnp.float32) for y in (o, u, x))
+                expected = gated_output_api.gated_output(o, u, x, exact, 1, epsilon=1e-6, first=first)
+            what = f"{rows} rows from {first} on, {given['out_w'].shape[1]} inputs, cluster of {cluster}"
+            _report_apart(f"{name}: {what}", (found,), (expected,), report)
+
+
+def _report_apart(name: str, found: Iterable[jax.Array], expected: Iterable[jax.Array], report: Report) -> None:
+    apart = [np.abs(np.asarray(a, np.float32) - np.asarray(b)) for a, b in zip(found, expected, strict=True)]
+    every = np.concatenate([a.ravel() for a in apart])
+    good = np.isfinite(every).all() and all(np.quantile(every, s) <= 2 * limit for s, limit in TOLERANCE.items())
+    report(f"{name}: {every.max():.4f}", bool(good))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from flame_jax.pallas_kernels.gated_output.mosaic import Tiling as OutputTiling
+from flame_jax.pallas_kernels.hopper import MULTIPROCESSORS
 from flame_jax.pallas_kernels.post_attention.mosaic_form import Tiling as LayerTiling
+from flame_jax.pallas_kernels.pre_attention.mosaic import Tiling as InputTiling
 from flame_jax.pallas_kernels.sumi_attention.mosaic import most_heads
 from flame_jax.pallas_kernels.sumi_attention.mosaic_form import Tiling as AttentionTiling
 
@@ -35,4 +38,32 @@ def layer_tilings(width: int = 128, inner: int = 128, vectors: int = 1664) -> li
             memory = warpgroups * _ROWS * (inner + width) * 2 + 2 * stages * _ROWS * width * 2 + vectors * 4
             if memory + 1024 <= SHARED_MEMORY:
                 found.append(LayerTiling(warpgroups, _ROWS, stages))  # twice as wide, accumulators spill
+    return found
+
+
+def input_tilings(rows: int) -> list[InputTiling]:
+    """Block sizes of `pre_attention` for so many rows, where u, v, q and k have multiples of 128 columns."""
+    found = []
+    for warpgroups, chunk, stages, pieces in (
+        *((2, 128, 4, 8), (2, 128, 6, 4), (2, 128, 8, 4), (2, 64, 16, 4)),
+        *((1, 128, 8, 4), (1, 64, 16, 4)),
+    ):
+        tiles = -(-rows // (_ROWS * warpgroups))
+        for parts in (1, 2, 4, 8):
+            # Rows that are few are shared by as many thread blocks as there are multiprocessors, or twice as many.
+            if parts == 1 or tiles * parts <= 2 * MULTIPROCESSORS:
+                found += [InputTiling(warpgroups, chunk, stages, pieces, parts, cluster) for cluster in (1, 2)]
+    return found
+
+
+def output_tilings(width: int = 512) -> list[OutputTiling]:
+    """Block sizes of `gated_output`."""
+    found = []
+    for warpgroups, columns, stages, pieces in (
+        *((1, 128, 6, 4), (1, 128, 8, 6), (1, 256, 4, 4)),
+        *((2, 128, 4, 4), (2, 128, 6, 6), (2, 256, 2, 4), (2, 256, 3, 3), (2, 256, 3, 4)),
+        *((3, 128, 4, 4), (3, 128, 6, 3)),
+    ):
+        if width % columns == 0:
+            found += [OutputTiling(warpgroups, columns, stages, pieces, cluster) for cluster in (1, 2)]
     return found

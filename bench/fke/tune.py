@@ -13,12 +13,14 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from bench.fke.cases import CAUSAL, CLIMBER, HSTU, AttentionCase, following, inputs, layer_weights
+from bench.fke.cases import CAUSAL, CLIMBER, HSTU, AttentionCase, following, hstu_weights, inputs, layer_weights
 from bench.fke.choice import chosen
-from bench.fke.tilings import attention_tilings, layer_tilings
+from bench.fke.tilings import attention_tilings, input_tilings, layer_tilings, output_tilings
 from bench.threads import together
 from bench.timing import Launch, side_by_side
+from flame_jax.pallas_kernels.gated_output import mosaic as gated_output
 from flame_jax.pallas_kernels.post_attention import mosaic as post_attention
+from flame_jax.pallas_kernels.pre_attention import mosaic as pre_attention
 from flame_jax.pallas_kernels.sumi_attention import mosaic as sumi_attention
 from flame_jax.pallas_kernels.sumi_attention.types import LogBias, Softmax
 
@@ -28,6 +30,8 @@ CHAIN = 8
 """Calls of a kernel in one program, each on the last one's output: a launch alone takes longer than a small kernel."""
 SAME = 0.02
 """Two block sizes add up in another order: their results may differ by this, where values are of size 1."""
+HSTU_ROWS = (3072, 98304)
+"""Of one request and of 32."""
 FINALISTS = 3
 """Block sizes of a shape that are timed for longer, after a short run of all of them."""
 ATTENTIONS = [case for case in [*CLIMBER, *HSTU, *CAUSAL] if case.name not in BETWEEN]
@@ -135,9 +139,46 @@ def _layer(tokens: int) -> Shape:
     return Shape("post_attention", f"2 x {tokens} rows", shape, 2 * tokens, layer_tilings(), run, operands)
 
 
+def _before(tokens: int) -> Shape:
+    width, random = 512, np.random.default_rng(0)
+    weights, sizes = hstu_weights(random), (width,) * 4
+    names = [name for name in weights if not name.startswith("out")]
+    x = jax.random.normal(jax.random.key(0), (1, tokens, width), jnp.bfloat16)
+
+    def run(tiling: Any, x: jax.Array, *given: jax.Array) -> jax.Array:
+        stack = dict(zip(names, given, strict=True))
+        for _ in range(CHAIN):
+            x, *_ = pre_attention.pre_attention(x, stack, 1, sizes=sizes, gate_only=True, epsilon=1e-6, tiling=tiling)
+        return x
+
+    shape, operands = {"width": width, "sizes": list(sizes)}, [x, *(weights[name] for name in names)]
+    return Shape("pre_attention", f"{tokens} rows", shape, tokens, input_tilings(tokens), run, operands)
+
+
+def _after(tokens: int) -> Shape:
+    width, random = 512, np.random.default_rng(0)
+    weights = hstu_weights(random)
+    names = [name for name in weights if name.startswith("out")]
+    o, u, x = (
+        jax.random.normal(key, (1, tokens, width), jnp.bfloat16) for key in jax.random.split(jax.random.key(0), 3)
+    )
+
+    def run(tiling: Any, o: jax.Array, u: jax.Array, x: jax.Array, *given: jax.Array) -> jax.Array:
+        stack = dict(zip(names, given, strict=True))
+        for _ in range(CHAIN):
+            x = gated_output.gated_output(o, u, x, stack, 1, epsilon=1e-6, tiling=tiling)
+        return x
+
+    shape = {"width": width, "values": width, "whole": True}
+    operands = [o, u, x, *(weights[name] for name in names)]
+    return Shape("gated_output", f"{tokens} rows", shape, tokens, output_tilings(), run, operands)
+
+
 OPERATIONS: dict[str, list[Callable[[], Shape]]] = {
     "sumi_attention": [partial(_attention, case) for case in ATTENTIONS],
     "post_attention": [partial(_layer, tokens) for tokens in (384, 3072, 12288, 32768)],
+    "pre_attention": [partial(_before, tokens) for tokens in HSTU_ROWS],
+    "gated_output": [partial(_after, tokens) for tokens in HSTU_ROWS],
 }
 
 

@@ -11,7 +11,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from flame_jax.pallas_kernels import tuned
-from flame_jax.pallas_kernels.hopper import PROCESSORS, TILE, interpreter
+from flame_jax.pallas_kernels.hopper import MULTIPROCESSORS, TILE, interpreter
 from flame_jax.pallas_kernels.post_attention.mosaic_body import body
 from flame_jax.pallas_kernels.post_attention.mosaic_form import Form, Tiling
 from flame_jax.pallas_kernels.post_attention.types import Projection, layer_weights
@@ -90,7 +90,7 @@ def _call(operands: list[jax.Array], form: Form) -> tuple[jax.Array, ...]:
     call = plgpu.kernel(
         partial(body, form=form),
         out_type=shapes,
-        grid=(min(tiles, max(1, PROCESSORS // blocks)), blocks),
+        grid=(min(tiles, max(1, MULTIPROCESSORS // blocks)), blocks),
         grid_names=("worker", "block"),
         num_threads=form.tiling.warpgroups + 1,
         thread_name="warpgroup",

@@ -22,13 +22,11 @@ from flame_jax.pallas_kernels.hopper import (
     few_registers,
     many_registers,
     per_row,
+    silu,
     tile_memory,
 )
 from flame_jax.pallas_kernels.sumi_attention.mosaic_form import MASKED, Barriers, Form, Job, Memory
 from flame_jax.pallas_kernels.sumi_attention.mosaic_loop import Loop
-from flame_jax.pallas_kernels.sumi_attention.mosaic_step import (
-    silu,
-)
 from flame_jax.pallas_kernels.sumi_attention.schedule import (
     FIRST_ROW,
     IS_HISTORY,

@@ -8,14 +8,8 @@ import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from flame_jax.pallas_kernels.hopper import COLUMN, FULL, ROW, TILE, per_column, per_row
+from flame_jax.pallas_kernels.hopper import COLUMN, FULL, ROW, TILE, per_column, per_row, silu
 from flame_jax.pallas_kernels.sumi_attention.mosaic_form import MASKED, Form, Memory
-
-
-def silu(x: jax.Array) -> jax.Array:
-    """x * sigmoid(x)."""
-    half = x * 0.5
-    return half + half * jnp.tanh(half)  # one special function instead of two
 
 
 def logs_of(ahead: jax.Array, group: jax.Array, slot: jax.Array, memory: Memory, form: Form, history: bool) -> Any:

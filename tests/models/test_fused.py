@@ -17,8 +17,10 @@ from flame_jax.config import HeadConfig, HstuConfig, ModelConfig
 from flame_jax.models.kernel_choice import choose_kernels, in_use
 from flame_jax.models.registry import make_ranker
 from flame_jax.packing import Bucket, Layout
+from flame_jax.pallas_kernels.gated_output import mosaic as gated_output
 from flame_jax.pallas_kernels.kernels import REFERENCE, Kernels
 from flame_jax.pallas_kernels.post_attention import mosaic as post_attention
+from flame_jax.pallas_kernels.pre_attention import mosaic as pre_attention
 from flame_jax.pallas_kernels.sumi_attention import mosaic as sumi_attention
 from flame_jax.schema import Block, FeatureSchema
 from tests.packed import pack, random_request
@@ -37,12 +39,15 @@ CLIMBER = ModelConfig(
 HSTU = replace(CLIMBER, architecture="hstu", hstu=HstuConfig(variant="dlrm_v3", value_dim=64))
 TWO_BLOCKS = FeatureSchema(scenarios=("a", "b"), blocks=(Block("x"), Block("y")), block_length=64)
 ONE_BLOCK = replace(TWO_BLOCKS, blocks=(Block("x"),))
-FUSED = Kernels("mosaic", "mosaic")
+FUSED = Kernels("mosaic", "mosaic", "mosaic", "mosaic")
+FUSED_CLIMBER = REFERENCE._replace(sumi_attention="mosaic", post_attention="mosaic")
+FUSED_HSTU = FUSED._replace(post_attention="xla")
 
 
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in ((sumi_attention, "sumi_attention"), (post_attention, "post_attention")):
+    for module in (sumi_attention, post_attention, pre_attention, gated_output):
+        name = module.__name__.split(".")[-2]
         monkeypatch.setattr(module, name, partial(getattr(module, name), interpret=True))
 
 
@@ -73,11 +78,10 @@ def test_fused_scores_are_the_references(config: ModelConfig, schema: FeatureSch
 
 
 def test_a_hopper_gets_every_kernel_there_is() -> None:
-    assert choose_kernels(CLIMBER, LAYOUT, "9.0") == FUSED
-    kernels = choose_kernels(HSTU, LAYOUT, "9.0")
-    assert kernels == Kernels("mosaic", "xla")
-    assert in_use(HSTU, kernels) == {"sumi_attention": "mosaic"}
-    assert in_use(CLIMBER, FUSED) == {"sumi_attention": "mosaic", "post_attention": "mosaic"}
+    assert choose_kernels(CLIMBER, LAYOUT, "9.0") == FUSED_CLIMBER
+    assert choose_kernels(HSTU, LAYOUT, "9.0") == FUSED_HSTU
+    assert in_use(HSTU, FUSED) == dict.fromkeys(("sumi_attention", "pre_attention", "gated_output"), "mosaic")
+    assert in_use(CLIMBER, FUSED) == dict.fromkeys(("sumi_attention", "post_attention"), "mosaic")
 
 
 @pytest.mark.parametrize("wanted", ["auto", "xla"])

@@ -120,7 +120,7 @@ def ours(weights: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
     y = jnp.asarray(packed)
     with jax.default_matmul_precision("highest"):
         for i in range(DEPTH):
-            y = hstu_layer(y, {name: jnp.asarray(w[i]) for name, w in weights.items()}, attention, config=config)
+            y = hstu_layer(y, {name: jnp.asarray(w) for name, w in weights.items()}, i, attention, config=config)
     return np.concatenate([np.asarray(y)[0, :HISTORY], np.asarray(y)[0, ALIGN : ALIGN + CANDIDATES]])
 
 

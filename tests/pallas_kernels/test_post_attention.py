@@ -80,7 +80,7 @@ def test_it_matches_the_oracle_and_projects_for_the_layer_after(
 def test_more_tiles_than_workers_with_weights_that_blocks_share(
     tiling: Tiling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mosaic, "PROCESSORS", 2)  # one worker for each block
+    monkeypatch.setattr(mosaic, "MULTIPROCESSORS", 2)  # one worker for each block
     random = np.random.default_rng(3)
     shared = {name: jnp.asarray(v[:, :1]) for name, v in weights(random, 128, width=128, ffn=256).items()}
     attended, x = (jnp.asarray(random.normal(size=(BLOCKS, 320, 128)), jnp.bfloat16) for _ in range(2))

@@ -1,0 +1,1 @@
+"""The row-wise part of an HSTU layer after its attention: norm, gate, product, residual."""

@@ -1,0 +1,72 @@
+"""HSTU's row-wise kernels compile for an H100 at the size that counts; needs the CUDA plugin (`make cross`), no GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import serialize_executable
+
+from flame_jax.fke.device import described_device
+from flame_jax.pallas_kernels.gated_output import mosaic as gated
+from flame_jax.pallas_kernels.pre_attention import mosaic as pre
+
+ROOT = Path(__file__).parents[2]
+PLUGIN = ROOT / ".cross"
+LAYERS, TOKENS, WIDTH = 5, 3072, 512
+
+
+def executables() -> list[jax.stages.Compiled]:
+    """Of both kernels, with the block sizes that are taken without a measurement for many rows and for few."""
+    sharding = jax.sharding.SingleDeviceSharding(described_device("h100"))
+
+    def array(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)  # type: ignore[no-untyped-call]
+
+    def vectors(*names: str, size: int = WIDTH) -> dict[str, Any]:
+        return {name: array(LAYERS, size, dtype=jnp.float32) for name in names}
+
+    def before(x: jax.Array, stack: dict[str, jax.Array], tiling: pre.Tiling) -> Any:
+        sizes = (WIDTH,) * 4
+        return pre.pre_attention(x, stack, 3, sizes=sizes, gate_only=True, epsilon=1e-6, tiling=tiling)
+
+    def after(o: jax.Array, u: jax.Array, x: jax.Array, stack: dict[str, jax.Array], tiling: gated.Tiling) -> Any:
+        return gated.gated_output(o, u, x, stack, 4, epsilon=1e-6, first=TOKENS // 3, tiling=tiling)
+
+    x, o = array(1, TOKENS, WIDTH), array(1, TOKENS * 2 // 3, WIDTH)
+    mixing = {"uvqk_w": array(LAYERS, WIDTH, 4 * WIDTH), **vectors("uvqk_b", size=4 * WIDTH)}
+    mixing |= vectors("input_scale", "input_shift")
+    output = {"out_w": array(LAYERS, 3 * WIDTH, WIDTH), **vectors("output_scale", "output_shift")}
+    return [
+        *(
+            jax.jit(before, static_argnames="tiling").lower(x, mixing, tiling=tiling).compile()
+            for tiling in (pre.Tiling(), pre.Tiling(parts=4, cluster=2))
+        ),
+        *(
+            jax.jit(after, static_argnames="tiling").lower(o, x, x, output, tiling=tiling).compile()
+            for tiling in (gated.Tiling(cluster=2), gated.Tiling(columns=128, stages=5))
+        ),
+    ]
+
+
+@pytest.mark.skipif(not (PLUGIN / "jax_plugins").is_dir(), reason="`make cross` was not run")
+def test_they_compile_for_a_gpu_that_is_not_here() -> None:
+    path = os.pathsep.join([str(ROOT), str(PLUGIN), *sys.path])
+    environment = os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
+    environment.pop("TF_CPP_MIN_LOG_LEVEL", None)  # JAX has set it in this process
+    command = [sys.executable, "-m", "tests.pallas_kernels.test_row_wise_compiles"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["mosaic"] * 4
+
+
+if __name__ == "__main__":
+    for executable in executables():
+        assert serialize_executable.serialize(executable)[0]
+        print("mosaic" if "mosaic_gpu" in str(executable.as_text()) else "none")
