@@ -45,11 +45,11 @@ def input_tilings(rows: int) -> list[InputTiling]:
     """Block sizes of `pre_attention` for so many rows, where u, v, q and k have multiples of 128 columns."""
     found = []
     for warpgroups, chunk, stages, pieces in (
-        *((2, 128, 4, 8), (2, 128, 6, 4), (2, 128, 8, 4), (2, 64, 16, 4)),
-        *((1, 128, 8, 4), (1, 64, 16, 4)),
+        *((2, 128, 6, 4), (2, 128, 8, 4), (2, 64, 16, 4)),
+        (1, 128, 8, 4),
     ):
         tiles = -(-rows // (_ROWS * warpgroups))
-        for parts in (1, 2, 4, 8):
+        for parts in (1, 2, 4):
             # Rows that are few are shared by as many thread blocks as there are multiprocessors, or twice as many.
             if parts == 1 or tiles * parts <= 2 * MULTIPROCESSORS:
                 found += [InputTiling(warpgroups, chunk, stages, pieces, parts, cluster) for cluster in (1, 2)]
@@ -60,9 +60,9 @@ def output_tilings(width: int = 512) -> list[OutputTiling]:
     """Block sizes of `gated_output`."""
     found = []
     for warpgroups, columns, stages, pieces in (
-        *((1, 128, 6, 4), (1, 128, 8, 6), (1, 256, 4, 4)),
-        *((2, 128, 4, 4), (2, 128, 6, 6), (2, 256, 2, 4), (2, 256, 3, 3), (2, 256, 3, 4)),
-        *((3, 128, 4, 4), (3, 128, 6, 3)),
+        (1, 128, 6, 4),
+        *((2, 128, 4, 4), (2, 128, 6, 6), (2, 256, 3, 3), (2, 256, 3, 4)),
+        (3, 128, 4, 4),
     ):
         if width % columns == 0:
             found += [OutputTiling(warpgroups, columns, stages, pieces, cluster) for cluster in (1, 2)]
