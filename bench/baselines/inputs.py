@@ -8,12 +8,14 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import jax
+import jax.export
 import numpy as np
 
 from bench.artifacts import untrained
+from bench.threads import lowering_processes
 from flame_jax.config import Config
 from flame_jax.fke.golden import whole
-from flame_jax.models.serving import rank_function, served_slot, served_weights
+from flame_jax.models.serving import rank_function, served_slot, served_specs, served_weights
 from flame_jax.packing import Bucket, Extent
 from flame_jax.pallas_kernels.kernels import REFERENCE, Kernels
 from flame_jax.record import BlockEvents, RecordLayout
@@ -171,10 +173,26 @@ def packed_run(inputs: Inputs, kernels: Kernels = REFERENCE) -> Run:
     function = rank_function(config.model, config.schema, config.layout, slot, vocabulary, kernels)
     weights = jax.device_put(list(served_weights(config.model, inputs.weights).values()))
     words = jax.device_put(inputs.words)
-    program = cache(lambda: jax.jit(function).lower(weights, words).compile())
+
+    @cache
+    def program() -> Any:
+        if kernels == REFERENCE:
+            return jax.jit(function).lower(weights, words).compile()
+        with lowering_processes(1) as process:
+            portable = process.submit(exported, config, vocabulary, inputs.bucket, kernels).result()
+        return jax.jit(jax.export.deserialize(bytearray(portable)).call).lower(weights, words).compile()
 
     def scores(output: jax.Array) -> np.ndarray:
         flat = np.asarray(output)
         return np.stack([flat[rows] for rows in inputs.places])
 
     return Run(lambda: program()(weights, words), jax.block_until_ready, scores, program)
+
+
+def exported(config: Config, vocabulary: int, bucket: Bucket, kernels: Kernels) -> bytes:
+    """The engine's program for a GPU in portable form: Pallas takes its time over it, in Python."""
+    slot = served_slot(config.model, config.schema, config.layout, bucket)
+    function = rank_function(config.model, config.schema, config.layout, slot, vocabulary, kernels)
+    weights = list(served_specs(config.model, config.schema, vocabulary).values())
+    words = jax.ShapeDtypeStruct((slot.words,), np.int32)
+    return bytes(jax.export.export(jax.jit(function), platforms=["cuda"])(weights, words).serialize())

@@ -35,7 +35,7 @@ def layer_tilings(width: int = 128, inner: int = 128, vectors: int = 1664) -> li
     found = []
     for warpgroups in (1, 2, 3):
         for stages in (2, 3, 4):
-            memory = warpgroups * _ROWS * (inner + width) * 2 + 2 * stages * _ROWS * width * 2 + vectors * 4
+            memory = warpgroups * _ROWS * (2 * inner + width) * 2 + 2 * stages * _ROWS * width * 2 + vectors * 4
             if memory + 1024 <= SHARED_MEMORY:
                 found.append(LayerTiling(warpgroups, _ROWS, stages))  # twice as wide, accumulators spill
     return found

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor
 from functools import partial
-from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +16,7 @@ from jax import lax
 from bench.fke.cases import CAUSAL, CLIMBER, HSTU, AttentionCase, following, hstu_weights, inputs, layer_weights
 from bench.fke.choice import chosen
 from bench.fke.tilings import attention_tilings, input_tilings, layer_tilings, output_tilings
-from bench.threads import together
+from bench.threads import lowering_processes, together
 from bench.timing import Launch, side_by_side
 from flame_jax.pallas_kernels.gated_output import mosaic as gated_output
 from flame_jax.pallas_kernels.post_attention import mosaic as post_attention
@@ -98,7 +97,7 @@ def tune(progress: Callable[[str], None], only: Sequence[str] = (), lowering: Ex
     operations = chosen(OPERATIONS, only, str)
     makers = {(name, n): make for name in operations for n, make in enumerate(OPERATIONS[name])}
     # Pallas lowers in Python, a second or two for each kernel: threads would wait for each other.
-    with lowering or ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=_without_gpu) as pool:
+    with lowering or lowering_processes() as pool:
         shapes, failed = together(makers)
         if failed:
             raise RuntimeError("; ".join(failed.values()))
@@ -225,11 +224,6 @@ def _abstract(operation: str, number: int) -> Shape:
 
     specs: Any = jax.eval_shape(operands)
     return made[0]._replace(operands=specs)
-
-
-def _without_gpu() -> None:
-    """In a process that lowers for a GPU which another one uses."""
-    jax.config.update("jax_platforms", "cpu")  # type: ignore[no-untyped-call]
 
 
 def _fastest(shape: Shape, launches: dict[str, Launch], progress: Callable[[str], None]) -> Row:

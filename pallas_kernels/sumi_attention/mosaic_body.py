@@ -1,4 +1,5 @@
-"""What one thread block of the Mosaic GPU kernel does: a job's query rows of some heads, against its request's keys.
+"""What one thread block of the Mosaic GPU kernel does: job after job, its query rows of some heads against its
+request's keys.
 
 The last warpgroup loads keys and values, `Tiling.stages` steps ahead; the others compute, 64 query rows each.
 """
@@ -6,6 +7,7 @@ The last warpgroup loads keys and values, `Tiling.stages` steps ahead; the other
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,7 +21,9 @@ from flame_jax.pallas_kernels.hopper import (
     FULL,
     ROW,
     TILE,
+    drain,
     few_registers,
+    free_slot,
     many_registers,
     per_row,
     silu,
@@ -41,7 +45,6 @@ from flame_jax.pallas_kernels.sumi_attention.schedule import (
 def body(*refs: Any, form: Form) -> None:
     """The kernel; its operands are those of `mosaic._call`."""
     w, s, n, keys = form.tiling.warpgroups, form.tiling.stages, form.together, form.tiling.keys
-    work, number = refs[0], lax.axis_index("job")
     tiles = partial(tile_memory, dtype=form.dtype)
     memory = Memory(
         q=tiles(w, n, rows=TILE, width=form.qk_dim),
@@ -65,31 +68,42 @@ def body(*refs: Any, form: Form) -> None:
     )
 
     def work_off(memory: Memory, barriers: Barriers) -> None:
-        job, group = _job(refs, number, form), lax.axis_index("warpgroup")
+        worker, workers, group = lax.axis_index("worker"), lax.axis_size("worker"), lax.axis_index("warpgroup")
+        count = lax.div(items(refs[0], refs[1], form) - 1 - worker, workers) + 1
+
+        def job(number: jax.Array) -> Job:
+            return _job(refs, worker + number * workers, form)
 
         @pl.when(group == w)
         def _() -> None:
             few_registers(w, form.interpret)
-            _load(job, memory, barriers, form)
+            _load(job, count, memory, barriers, form)
 
         @pl.when(group < w)
         def _() -> None:
             many_registers(w, form.interpret)
-            _compute(job, group, memory, barriers, form)
+            _compute(job, count, group, memory, barriers, form)
 
-    @pl.when(work[number, ROWS] > 0)
-    def _() -> None:
-        pl.run_scoped(work_off, memory, barriers, collective_axes="warpgroup")
+    pl.run_scoped(work_off, memory, barriers, collective_axes="warpgroup")
 
 
-def _job(refs: tuple[Any, ...], number: jax.Array, form: Form) -> Job:
+def items(work: Any, q: Any, form: Form) -> int:
+    """What there is to do: every job, for every block and as many heads as a thread block has."""
+    return int(work.shape[0] * q.shape[0]) * (form.heads // form.together)
+
+
+def _job(refs: tuple[Any, ...], item: jax.Array, form: Form) -> Job:
+    """An item's job; of items beyond the last one, a job without rows."""
     work, q, k, v, *rest, out = refs
     temperature = _own_layer(rest) if form.softmax else None
     coefficients = _own_layer(rest) if form.biased else None
     time, key_log = rest if form.biased else (None, None)
-    stack, groups = lax.axis_index("stack"), form.heads // form.together
+    groups = form.heads // form.together
+    stacks = int(q.shape[0]) * groups
+    number, stack = jnp.minimum(lax.div(item, stacks), work.shape[0] - 1), lax.rem(item, stacks)
     block = lax.div(stack, groups)
-    rows, position, length = work[number, ROWS], work[number, POSITION], work[number, JOB_LENGTH + block]
+    rows = jnp.where(item < items(work, q, form), work[number, ROWS], 0)
+    position, length = work[number, POSITION], work[number, JOB_LENGTH + block]
     is_history = work[number, IS_HISTORY] > 0
     seen = length
     if form.causal:
@@ -104,7 +118,7 @@ def _job(refs: tuple[Any, ...], number: jax.Array, form: Form) -> Job:
         is_history=is_history,
         length=length,
         scenario=work[number, JOB_SCENARIO],
-        steps=lax.div(seen + (form.tiling.keys - 1), form.tiling.keys),
+        steps=jnp.where(rows > 0, lax.div(seen + (form.tiling.keys - 1), form.tiling.keys), 0),
         q=q,
         k=k,
         v=v,
@@ -127,18 +141,25 @@ def _columns(job: Job, i: int, width: int) -> Any:
     return pl.ds((job.head + i) * width, width)
 
 
-def _load(job: Job, memory: Memory, barriers: Barriers, form: Form) -> None:
-    """Keys and values, step by step, into whatever stage is free."""
+def _load(job_of: Callable[[jax.Array], Job], count: jax.Array, memory: Memory, barriers: Barriers, form: Form) -> None:
+    """Keys and values of job after job, step by step, into whatever stage is free."""
+
+    def one(number: jax.Array, done: jax.Array) -> jax.Array:
+        job = job_of(number)
+        _load_keys(job, done, memory, barriers, form)
+        return done + job.steps
+
+    done = lax.fori_loop(0, count, one, jnp.int32(0))
+    drain(done, form.tiling.stages, barriers.k_free)
+    drain(done, form.tiling.stages, barriers.v_free)
+
+
+def _load_keys(job: Job, done: jax.Array, memory: Memory, barriers: Barriers, form: Form) -> None:
     stages, keys = form.tiling.stages, form.tiling.keys
 
     @pl.loop(0, job.steps)
     def _(step: jax.Array) -> None:
-        slot = lax.rem(step, stages)
-
-        @pl.when(step >= stages)
-        def _() -> None:
-            plgpu.barrier_wait(barriers.k_free.at[slot])
-
+        slot = free_slot(done + step, stages, barriers.k_free)
         at, k_ready = pl.ds(job.key_start + step * keys, keys), barriers.k_ready.at[slot]
         for i in range(form.together):
             source = job.k.at[job.block, at, _columns(job, i, form.qk_dim)]
@@ -147,10 +168,7 @@ def _load(job: Job, memory: Memory, barriers: Barriers, form: Form) -> None:
             plgpu.copy_gmem_to_smem(job.time.at[job.block, at], memory.key_time.at[slot], k_ready)
             plgpu.copy_gmem_to_smem(job.key_log.at[job.block, :, at], memory.key_log.at[slot], k_ready)
         whole = (step + 1) * keys <= job.length
-
-        @pl.when(step >= stages)
-        def _() -> None:
-            plgpu.barrier_wait(barriers.v_free.at[slot])
+        slot = free_slot(done + step, stages, barriers.v_free)
 
         def load_values(ready: Any) -> None:
             for i in range(form.together):
@@ -169,11 +187,6 @@ def _load(job: Job, memory: Memory, barriers: Barriers, form: Form) -> None:
             for _ in range(form.together):
                 plgpu.barrier_arrive(barriers.v_ready.at[slot])
 
-    @pl.loop(jnp.maximum(job.steps - stages, 0), job.steps)
-    def _(step: jax.Array) -> None:
-        plgpu.barrier_wait(barriers.k_free.at[lax.rem(step, stages)])
-        plgpu.barrier_wait(barriers.v_free.at[lax.rem(step, stages)])
-
 
 def _clear_tail(v: Any, first: jax.Array, form: Form) -> None:
     """Values from row `first` on are not the request's: a weight of 0 would not silence a NaN there."""
@@ -186,11 +199,37 @@ def _clear_tail(v: Any, first: jax.Array, form: Form) -> None:
     plgpu.commit_smem()
 
 
-def _compute(job: Job, group: jax.Array, memory: Memory, barriers: Barriers, form: Form) -> None:
-    """One warpgroup's 64 query rows."""
+def _compute(
+    job_of: Callable[[jax.Array], Job],
+    count: jax.Array,
+    group: jax.Array,
+    memory: Memory,
+    barriers: Barriers,
+    form: Form,
+) -> None:
+    """One warpgroup's 64 query rows of job after job."""
+
+    def one(number: jax.Array, done: jax.Array) -> jax.Array:
+        job = job_of(number)
+
+        @pl.when(job.rows > 0)
+        def _() -> None:
+            _attend(job, job_of(number + 1), done, group, memory, barriers, form)
+
+        return done + job.steps
+
+    _load_queries(job_of(jnp.int32(0)), group, memory, barriers, form)
+    lax.fori_loop(0, count, one, jnp.int32(0))
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _attend(
+    job: Job, following: Job, done: jax.Array, group: jax.Array, memory: Memory, barriers: Barriers, form: Form
+) -> None:
     offset = group * TILE
     begin = job.position + offset  # of these rows in the history
     alone = jnp.logical_or(jnp.logical_not(job.is_history), begin + TILE > job.length)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last result, which lies where own values come
     _load_own(job, group, alone, memory, barriers, form)
     factors = [_factors(job, i, form) for i in range(form.together)]
     plgpu.barrier_wait(barriers.q_ready.at[group])
@@ -200,8 +239,9 @@ def _compute(job: Job, group: jax.Array, memory: Memory, barriers: Barriers, for
         return tuple(_see_own(job, group, begin, i, factors[i][0], memory, form) for i in range(form.together))
 
     state = lax.cond(alone, own_keys, lambda: (_nothing(form),) * form.together)
-    loop = Loop(job, group, begin, factors, memory, barriers, form)
+    loop = Loop(job, group, begin, done, factors, memory, barriers, form)
     state = lax.cond(job.steps > 0, loop.attend, lambda state: state, state)
+    _load_queries(following, group, memory, barriers, form)
     for i, (mixed, *running) in enumerate(state):
         inverse = per_row(1.0 / running[1], mixed) if form.softmax else 1.0 / form.divisor
         memory.own_v[group, i] = (mixed * inverse).astype(form.dtype)
@@ -209,18 +249,24 @@ def _compute(job: Job, group: jax.Array, memory: Memory, barriers: Barriers, for
     _store(job, offset, memory.own_v.at[group], form)
 
 
+def _load_queries(job: Job, group: jax.Array, memory: Memory, barriers: Barriers, form: Form) -> None:
+    row, ready = job.row + group * TILE, barriers.q_ready.at[group]
+
+    @pl.when(job.rows > 0)
+    def _() -> None:
+        for i in range(form.together):
+            source = job.q.at[job.block, pl.ds(row, TILE), _columns(job, i, form.qk_dim)]
+            plgpu.copy_gmem_to_smem(source, memory.q.at[group, i], ready)
+        if form.biased:
+            own = job.time.at[job.block, pl.ds(row + form.first, TILE)]
+            plgpu.copy_gmem_to_smem(own, memory.own_time.at[group], ready)
+
+
 def _load_own(job: Job, group: jax.Array, alone: jax.Array, memory: Memory, barriers: Barriers, form: Form) -> None:
-    row = job.row + group * TILE
-    ready, own = barriers.q_ready.at[group], pl.ds(row + form.first, TILE)
-    for i in range(form.together):
-        source = job.q.at[job.block, pl.ds(row, TILE), _columns(job, i, form.qk_dim)]
-        plgpu.copy_gmem_to_smem(source, memory.q.at[group, i], ready)
-    if form.biased:
-        plgpu.copy_gmem_to_smem(job.time.at[job.block, own], memory.own_time.at[group], ready)
+    own, ready = pl.ds(job.row + group * TILE + form.first, TILE), barriers.own_ready.at[group]
 
     @pl.when(alone)
     def _() -> None:
-        ready = barriers.own_ready.at[group]
         for i in range(form.together):
             source = job.k.at[job.block, own, _columns(job, i, form.qk_dim)]
             plgpu.copy_gmem_to_smem(source, memory.own_k.at[group, i], ready)
@@ -239,8 +285,6 @@ def _store(job: Job, offset: jax.Array, result: Any, form: Form) -> None:
             for i in range(form.together):
                 source = result.at[i, pl.ds(at, piece)]
                 plgpu.copy_smem_to_gmem(source, job.out.at[job.block, to, _columns(job, i, form.v_dim)])
-
-    plgpu.wait_smem_to_gmem(0)
 
 
 def _factors(job: Job, i: int, form: Form) -> list[Any]:

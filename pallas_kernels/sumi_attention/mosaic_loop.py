@@ -32,12 +32,14 @@ class Loop:
     Attributes:
         group: the warpgroup.
         begin: position of its first row in the history.
+        done: steps of the jobs before.
         factors: of every head, see `mosaic_body`.
     """
 
     job: Job
     group: jax.Array
     begin: jax.Array
+    done: jax.Array
     factors: list[list[Any]]
     memory: Memory
     barriers: Barriers
@@ -116,7 +118,7 @@ class Loop:
             plgpu.barrier_arrive(self.barriers.v_free.at[self._slot(number)])
 
     def _slot(self, number: jax.Array) -> jax.Array:
-        return lax.rem(number, self.form.tiling.stages)
+        return lax.rem(self.done + number, self.form.tiling.stages)
 
     def _scores(self, item: tuple[jax.Array, int]) -> tuple[Any, Any]:
         """The operands of an item's scores."""

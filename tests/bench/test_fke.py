@@ -329,7 +329,7 @@ def test_tuning_leaves_out_what_is_wrong_or_does_not_compile(monkeypatch: pytest
         return x @ x if tiling.stages == 3 else x + 0.01 * tiling.stages**3
 
     tilings, said = [SimpleNamespace(stages=stages) for stages in (9, 1, 0, 3)], list[str]()
-    shape = tune.Shape("op", "case", {"width": 1}, 64, tilings, run, [jax.numpy.zeros((2, 3))])
+    shape = tune.Shape("op", "case", {"width": 1}, tune.SMALL + 1, tilings, run, [jax.numpy.zeros((2, 3))])
     monkeypatch.setattr(tune, "OPERATIONS", {"op": [lambda: shape], "other": []})
     with ThreadPoolExecutor(1) as threads:
         (row,) = tune.tune(said.append, ["op"], threads)

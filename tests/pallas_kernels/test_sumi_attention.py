@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from flame_jax.packing import REQUEST_TIME, Bucket, Layout
 from flame_jax.pallas_kernels.sumi_attention import mosaic
 from flame_jax.pallas_kernels.sumi_attention.api import sumi_attention
+from flame_jax.pallas_kernels.sumi_attention.mosaic_form import Tiling
 from flame_jax.pallas_kernels.sumi_attention.types import LogBias, Silu, Softmax, TableBias
 from flame_jax.schema import Block, FeatureSchema
 from tests.oracles import climber as oracle
@@ -234,6 +235,13 @@ class TestMosaicInterpreted(SumiAttentionCases):
     )
     def test_every_request_matches_the_oracle_whatever_its_neighbours(self, shapes: list[tuple[int, int, int]]) -> None:
         self.check(shapes, seed=len(shapes))
+
+    @pytest.mark.parametrize("tiling", [Tiling(1, 64, 3, 1), Tiling(2, 64, 2, 2), Tiling(3, 64, 2, 1)], ids=str)
+    def test_thread_blocks_do_one_job_after_another(self, tiling: Tiling, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(mosaic, "MULTIPROCESSORS", 3)
+        attention = staticmethod(partial(mosaic.sumi_attention, interpret=True, tiling=tiling))
+        monkeypatch.setattr(TestMosaicInterpreted, "attention", attention)
+        self.check([(90, 0, 5), (0, 3, 90), (64, 64, 16)], seed=11)
 
     @pytest.mark.parametrize(
         ("changed", "reason"),
