@@ -275,7 +275,7 @@ class ExportConfig:
         tuned: choices of GPU kernels that `export tune` measured.
         signing_key: private key, PEM, that signs the artifact.
         jobs: buckets compiled at once; 0: one per core, or one where XLA measures kernels meanwhile.
-        kernels: `xla`: no fused kernels; `auto`: where the device and the model allow them; `mosaic`: nothing else.
+        kernels: `auto`: fused kernels where the device and the model allow them; `xla`: none; `mosaic`: nothing else.
     """
 
     artifact: str = "runs/demo/artifact"
@@ -287,7 +287,7 @@ class ExportConfig:
     tuned: str = ""
     signing_key: str = ""
     jobs: int = 0
-    kernels: Literal["auto", "xla", "mosaic"] = "xla"
+    kernels: Literal["auto", "xla", "mosaic"] = "auto"
 
     def __post_init__(self) -> None:
         _at_least(0, "export", self, "jobs")

@@ -66,9 +66,9 @@ def request_cost(config: ModelConfig, schema: FeatureSchema, history: int, candi
 def bucket_cost(config: ModelConfig, schema: FeatureSchema, layout: Layout, bucket: Bucket) -> int:
     """FLOPs that an executable of `bucket` spends on every batch, however little of it is filled ("padded FLOPs").
 
-    Its matrix products, and the weighted value of each row's own key: all token rows go through every layer's
-    projections, the last layer computes candidate rows only, and each query row attends to a window of the longest
-    history and to its own key, whatever the mask hides.
+    Its matrix products, the weighted value of each row's own key, and the fusion's attention between blocks: all token
+    rows go through every layer's projections, the last layer computes candidate rows only, and each query row attends
+    to a window of the longest history and to its own key, whatever the mask hides.
     """
     window = min(layout.aligned(schema.history_rows), bucket.tokens)
     layer, blocks = _layer(config), len(schema.blocks)

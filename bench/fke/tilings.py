@@ -22,9 +22,9 @@ def attention_tilings(heads: int, qk_dim: int, v_dim: int) -> list[AttentionTili
                 for stages in (2, 3, 4):
                     own = warpgroups * _ROWS * at_once * (2 * qk_dim + v_dim) * 2
                     steps = stages * keys * (at_once * (qk_dim + v_dim) * 2 + 12)
-                    # Of scores and weights two each, results, the other heads' bias; more of them spill.
-                    registers = 3 * keys // 2 + at_once * v_dim // 2 + (keys // 2 if at_once > 1 else 0)
-                    limit = 192 if warpgroups < 3 else 128
+                    # Accumulators of the result and the scores, per thread; more of them spill.
+                    registers = at_once * (v_dim + keys) // 2
+                    limit = 160 if warpgroups < 3 else 96
                     if own + steps + 1024 <= SHARED_MEMORY and registers <= limit:
                         found.append(AttentionTiling(warpgroups, keys, stages, at_once))
     return found
@@ -35,7 +35,7 @@ def layer_tilings(width: int = 128, inner: int = 128, vectors: int = 1664) -> li
     found = []
     for warpgroups in (1, 2, 3):
         for stages in (2, 3, 4):
-            memory = warpgroups * _ROWS * (2 * inner + width) * 2 + 2 * stages * _ROWS * width * 2 + vectors * 4
+            memory = warpgroups * _ROWS * (inner + width) * 2 + 2 * stages * _ROWS * width * 2 + vectors * 4
             if memory + 1024 <= SHARED_MEMORY:
                 found.append(LayerTiling(warpgroups, _ROWS, stages))  # twice as wide, accumulators spill
     return found

@@ -43,13 +43,12 @@ class _Work(NamedTuple):
     next_b: Any  # [3 * inner], where there is a following layer
     next_w: Any  # [d, 3 * inner]
     outputs: list[Any]  # [rows, d], and three of [rows, inner]
-    staging: Any  # [2, warpgroups, inner / chunk, 64, chunk], by turns: attended, then pieces of q, k and v
+    staging: Any  # [warpgroups, inner / chunk, 64, chunk]: attended, then pieces of q, k and v
     rows: Any  # [warpgroups, 64, d]: x, then what the first norm gives, then the second
     vector: Any  # [all the vectors]
     columns_ring: Ring  # of columns of ffn1_w and next_w, [d, chunk]
     rows_ring: Ring  # of rows of out_w and ffn2_w, [chunk, d]
-    attended_ready: Any
-    x_ready: Any
+    own_ready: Any
     vectors_ready: Any
 
 
@@ -58,13 +57,12 @@ def body(*refs: Any, form: Form) -> None:
     w, s, chunk = form.tiling.warpgroups, form.tiling.stages, form.tiling.chunk
     tiles = partial(tile_memory, dtype=form.dtype)
     scratch = {
-        "staging": tiles(2, w, form.attended_chunks, rows=TILE, width=chunk),
+        "staging": tiles(w, form.attended_chunks, rows=TILE, width=chunk),
         "rows": tiles(w, rows=TILE, width=form.width),
         "vector": plgpu.SMEM((sum(form.vectors),), jnp.float32),
         "columns_ring": Ring.scratch(tiles(s, rows=form.width, width=chunk), stages=s, readers=w),
         "rows_ring": Ring.scratch(tiles(s, rows=chunk, width=form.width), stages=s, readers=w),
-        "attended_ready": plgpu.Barrier(num_arrivals=form.attended_chunks, num_barriers=w),
-        "x_ready": plgpu.Barrier(num_arrivals=1, num_barriers=w),
+        "own_ready": plgpu.Barrier(num_arrivals=1 + form.attended_chunks, num_barriers=w),
         "vectors_ready": plgpu.Barrier(num_arrivals=sum(form.vectors) // TILE),
     }
 
@@ -81,16 +79,11 @@ def body(*refs: Any, form: Form) -> None:
         @pl.when(group < w)
         def _() -> None:
             many_registers(w, form.interpret)
-
-            def first_row(number: jax.Array) -> jax.Array:
-                return ((worker + number * workers) * w + group) * TILE
-
-            _load_attended(work, jnp.int32(0), first_row(jnp.int32(0)), group, form)
             plgpu.barrier_wait(work.vectors_ready)
 
             @pl.loop(0, tiles)
             def _(number: jax.Array) -> None:
-                _compute(work, number, first_row(number), first_row(number + 1), group, form)
+                _compute(work, number, ((worker + number * workers) * w + group) * TILE, group, form)
 
     pl.run_scoped(work_off, collective_axes="warpgroup", **scratch)
 
@@ -151,40 +144,21 @@ def _first_chunks(tile: jax.Array, form: Form) -> tuple[jax.Array, jax.Array]:
     return tile * (form.hidden_chunks + form.mixed_chunks), tile * (form.attended_chunks + form.hidden_chunks)
 
 
-def _rows_from(wanted: jax.Array, form: Form) -> Any:
-    """64 rows; beyond the end, the last ones once more."""
-    return pl.ds(pl.multiple_of(jnp.minimum(wanted, form.rows - TILE), TILE), TILE)
-
-
-def _load_attended(work: _Work, number: jax.Array, wanted: jax.Array, group: jax.Array, form: Form) -> None:
-    """What tile `number` begins with."""
-    for n in range(form.attended_chunks):
-        source = work.attended.at[_rows_from(wanted, form), pl.ds(n * form.tiling.chunk, form.tiling.chunk)]
-        plgpu.copy_gmem_to_smem(source, work.staging.at[lax.rem(number, 2), group, n], work.attended_ready.at[group])
-
-
-def _compute(
-    work: _Work, number: jax.Array, wanted: jax.Array, following: jax.Array, group: jax.Array, form: Form
-) -> None:
-    """One warpgroup's 64 rows of a tile, from row `wanted` on, and the load of the following tile's.
-
-    Rows beyond the end are the last ones once more, and are not stored.
-    """
+def _compute(work: _Work, number: jax.Array, wanted: jax.Array, group: jax.Array, form: Form) -> None:
+    """One warpgroup's 64 rows of a tile; rows beyond the end are the last ones once more, and are not stored."""
     column, row = _first_chunks(number, form)
-    inside, mine = wanted < form.rows, _rows_from(wanted, form)
-    staging, x = work.staging.at[lax.rem(number, 2), group], work.rows.at[group]
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last tile's results have left
-    plgpu.copy_gmem_to_smem(work.x.at[mine], x, work.x_ready.at[group])
-    plgpu.barrier_wait(work.attended_ready.at[group])
+    inside = wanted < form.rows
+    mine = pl.ds(pl.multiple_of(jnp.minimum(wanted, form.rows - TILE), TILE), TILE)
+    staging, x = work.staging.at[group], work.rows.at[group]
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what the last tile left there
+    for n in range(form.attended_chunks):
+        source = work.attended.at[mine, pl.ds(n * form.tiling.chunk, form.tiling.chunk)]
+        plgpu.copy_gmem_to_smem(source, staging.at[n], work.own_ready.at[group])
+    plgpu.copy_gmem_to_smem(work.x.at[mine], x, work.own_ready.at[group])
+    plgpu.barrier_wait(work.own_ready.at[group])
 
     vector = partial(_vector, work, form)
     y = _project_out(work, row, staging, form)
-
-    @pl.when(following < form.tiles * form.tiling.warpgroups * TILE)
-    def _() -> None:
-        _load_attended(work, number + 1, following, group, form)
-
-    plgpu.barrier_wait(work.x_ready.at[group])
     _add_and_norm(x, y, vector(OUT_B), vector(NORM1_SCALE), vector(NORM1_SHIFT), form)
     y = _ffn(work, column, row + form.attended_chunks, x, staging, form)
     _add_and_norm(x, y, vector(FFN2_B), vector(NORM2_SCALE), vector(NORM2_SHIFT), form)

@@ -11,8 +11,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from flame_jax.pallas_kernels import tuned
-from flame_jax.pallas_kernels.hopper import MULTIPROCESSORS, TILE, interpreter
-from flame_jax.pallas_kernels.sumi_attention.mosaic_body import body, items
+from flame_jax.pallas_kernels.hopper import TILE, interpreter
+from flame_jax.pallas_kernels.sumi_attention.mosaic_body import body
 from flame_jax.pallas_kernels.sumi_attention.mosaic_form import Form, Tiling
 from flame_jax.pallas_kernels.sumi_attention.schedule import jobs, key_logs
 from flame_jax.pallas_kernels.sumi_attention.types import Activation, Bias, LogBias, Silu, Softmax, TableBias
@@ -112,7 +112,7 @@ def tiling_for(shape: Mapping[str, Any], rows: int) -> Tiling:
     """The measured one, or else one that fits the registers and the shared memory."""
     if found := tuned.best("sumi_attention", shape, rows):
         return Tiling(**found)
-    return Tiling(warpgroups=1, stages=2) if max(shape["qk_dim"], shape["v_dim"]) > 128 else Tiling()
+    return Tiling(warpgroups=1 if max(shape["qk_dim"], shape["v_dim"]) > 128 else 2)
 
 
 # Layers differ in operands only, so that a stack of them is lowered once.
@@ -122,8 +122,8 @@ def _call(operands: list[jax.Array], form: Form) -> jax.Array:
     call = plgpu.kernel(
         partial(body, form=form),
         out_type=jax.ShapeDtypeStruct((*q.shape[:2], form.heads * form.v_dim), form.dtype),
-        grid=(min(items(work, q, form), MULTIPROCESSORS),),
-        grid_names=("worker",),
+        grid=(len(work), len(q) * (form.heads // form.together)),
+        grid_names=("job", "stack"),
         num_threads=form.tiling.warpgroups + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),

@@ -1,5 +1,4 @@
-"""What one thread block of the Mosaic GPU kernel does: job after job, its query rows of some heads against its
-request's keys.
+"""What one thread block of the Mosaic GPU kernel does: a job's query rows of some heads, against its request's keys.
 
 The last warpgroup loads keys and values, `Tiling.stages` steps ahead; the others compute, 64 query rows each.
 """
@@ -9,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -21,16 +20,21 @@ from flame_jax.pallas_kernels.hopper import (
     FULL,
     ROW,
     TILE,
-    drain,
     few_registers,
-    free_slot,
     many_registers,
     per_row,
     silu,
     tile_memory,
 )
-from flame_jax.pallas_kernels.sumi_attention.mosaic_form import MASKED, Barriers, Form, Job, Memory
-from flame_jax.pallas_kernels.sumi_attention.mosaic_loop import Loop
+from flame_jax.pallas_kernels.sumi_attention.mosaic_form import MASKED, Form, Memory
+from flame_jax.pallas_kernels.sumi_attention.mosaic_step import (
+    hidden_pairs,
+    logits_of,
+    logs_of,
+    mix,
+    scores_of,
+    weigh,
+)
 from flame_jax.pallas_kernels.sumi_attention.schedule import (
     FIRST_ROW,
     IS_HISTORY,
@@ -42,9 +46,42 @@ from flame_jax.pallas_kernels.sumi_attention.schedule import (
 )
 
 
+class _Barriers(NamedTuple):
+    q_ready: Any
+    own_ready: Any
+    k_ready: Any
+    v_ready: Any
+    tail_ready: Any
+    consumed: Any
+
+
+class _Job(NamedTuple):
+    """What is to be done: scalars, and the operands in global memory."""
+
+    block: jax.Array
+    head: jax.Array
+    row: jax.Array
+    rows: jax.Array
+    key_start: jax.Array
+    position: jax.Array
+    is_history: jax.Array
+    length: jax.Array
+    scenario: jax.Array
+    steps: jax.Array
+    q: Any
+    k: Any
+    v: Any
+    temperature: Any
+    coefficients: Any
+    time: Any
+    key_log: Any
+    out: Any
+
+
 def body(*refs: Any, form: Form) -> None:
     """The kernel; its operands are those of `mosaic._call`."""
     w, s, n, keys = form.tiling.warpgroups, form.tiling.stages, form.together, form.tiling.keys
+    work, number = refs[0], lax.axis_index("job")
     tiles = partial(tile_memory, dtype=form.dtype)
     memory = Memory(
         q=tiles(w, n, rows=TILE, width=form.qk_dim),
@@ -57,58 +94,46 @@ def body(*refs: Any, form: Form) -> None:
         key_log=plgpu.SMEM((s, 2, keys), jnp.float32) if form.biased else None,
         weights=tiles(w, rows=TILE, width=keys) if form.interpret else None,
     )
-    barriers = Barriers(
+    barriers = _Barriers(
         q_ready=plgpu.Barrier(num_arrivals=n + form.biased, num_barriers=w),
         own_ready=plgpu.Barrier(num_arrivals=2 * n, num_barriers=w),
         k_ready=plgpu.Barrier(num_arrivals=n + 2 * form.biased, num_barriers=s),
         v_ready=plgpu.Barrier(num_arrivals=n, num_barriers=s),
         tail_ready=plgpu.Barrier(num_arrivals=n),
-        k_free=plgpu.Barrier(num_arrivals=w, num_barriers=s),
-        v_free=plgpu.Barrier(num_arrivals=w, num_barriers=s),
+        consumed=plgpu.Barrier(num_arrivals=w, num_barriers=s),
     )
 
-    def work_off(memory: Memory, barriers: Barriers) -> None:
-        worker, workers, group = lax.axis_index("worker"), lax.axis_size("worker"), lax.axis_index("warpgroup")
-        count = lax.div(items(refs[0], refs[1], form) - 1 - worker, workers) + 1
-
-        def job(number: jax.Array) -> Job:
-            return _job(refs, worker + number * workers, form)
+    def work_off(memory: Memory, barriers: _Barriers) -> None:
+        job, group = _job(refs, number, form), lax.axis_index("warpgroup")
 
         @pl.when(group == w)
         def _() -> None:
             few_registers(w, form.interpret)
-            _load(job, count, memory, barriers, form)
+            _load(job, memory, barriers, form)
 
         @pl.when(group < w)
         def _() -> None:
             many_registers(w, form.interpret)
-            _compute(job, count, group, memory, barriers, form)
+            _compute(job, group, memory, barriers, form)
 
-    pl.run_scoped(work_off, memory, barriers, collective_axes="warpgroup")
-
-
-def items(work: Any, q: Any, form: Form) -> int:
-    """What there is to do: every job, for every block and as many heads as a thread block has."""
-    return int(work.shape[0] * q.shape[0]) * (form.heads // form.together)
+    @pl.when(work[number, ROWS] > 0)
+    def _() -> None:
+        pl.run_scoped(work_off, memory, barriers, collective_axes="warpgroup")
 
 
-def _job(refs: tuple[Any, ...], item: jax.Array, form: Form) -> Job:
-    """An item's job; of items beyond the last one, a job without rows."""
+def _job(refs: tuple[Any, ...], number: jax.Array, form: Form) -> _Job:
     work, q, k, v, *rest, out = refs
     temperature = _own_layer(rest) if form.softmax else None
     coefficients = _own_layer(rest) if form.biased else None
     time, key_log = rest if form.biased else (None, None)
-    groups = form.heads // form.together
-    stacks = int(q.shape[0]) * groups
-    number, stack = jnp.minimum(lax.div(item, stacks), work.shape[0] - 1), lax.rem(item, stacks)
+    stack, groups = lax.axis_index("stack"), form.heads // form.together
     block = lax.div(stack, groups)
-    rows = jnp.where(item < items(work, q, form), work[number, ROWS], 0)
-    position, length = work[number, POSITION], work[number, JOB_LENGTH + block]
+    rows, position, length = work[number, ROWS], work[number, POSITION], work[number, JOB_LENGTH + block]
     is_history = work[number, IS_HISTORY] > 0
     seen = length
     if form.causal:
         seen = jnp.where(is_history, jnp.minimum(length, position + rows), length)
-    return Job(
+    return _Job(
         block=block,
         head=lax.rem(stack, groups) * form.together,
         row=pl.multiple_of(work[number, FIRST_ROW], form.align),
@@ -118,7 +143,7 @@ def _job(refs: tuple[Any, ...], item: jax.Array, form: Form) -> Job:
         is_history=is_history,
         length=length,
         scenario=work[number, JOB_SCENARIO],
-        steps=jnp.where(rows > 0, lax.div(seen + (form.tiling.keys - 1), form.tiling.keys), 0),
+        steps=lax.div(seen + (form.tiling.keys - 1), form.tiling.keys),
         q=q,
         k=k,
         v=v,
@@ -136,30 +161,23 @@ def _own_layer(operands: list[Any]) -> Any:
     return stack.at[layer[0]]
 
 
-def _columns(job: Job, i: int, width: int) -> Any:
+def _columns(job: _Job, i: int, width: int) -> Any:
     """Of the thread block's head `i`."""
     return pl.ds((job.head + i) * width, width)
 
 
-def _load(job_of: Callable[[jax.Array], Job], count: jax.Array, memory: Memory, barriers: Barriers, form: Form) -> None:
-    """Keys and values of job after job, step by step, into whatever stage is free."""
-
-    def one(number: jax.Array, done: jax.Array) -> jax.Array:
-        job = job_of(number)
-        _load_keys(job, done, memory, barriers, form)
-        return done + job.steps
-
-    done = lax.fori_loop(0, count, one, jnp.int32(0))
-    drain(done, form.tiling.stages, barriers.k_free)
-    drain(done, form.tiling.stages, barriers.v_free)
-
-
-def _load_keys(job: Job, done: jax.Array, memory: Memory, barriers: Barriers, form: Form) -> None:
+def _load(job: _Job, memory: Memory, barriers: _Barriers, form: Form) -> None:
+    """Keys and values, step by step, into whatever stage is free."""
     stages, keys = form.tiling.stages, form.tiling.keys
 
     @pl.loop(0, job.steps)
     def _(step: jax.Array) -> None:
-        slot = free_slot(done + step, stages, barriers.k_free)
+        slot = lax.rem(step, stages)
+
+        @pl.when(step >= stages)
+        def _() -> None:
+            plgpu.barrier_wait(barriers.consumed.at[slot])
+
         at, k_ready = pl.ds(job.key_start + step * keys, keys), barriers.k_ready.at[slot]
         for i in range(form.together):
             source = job.k.at[job.block, at, _columns(job, i, form.qk_dim)]
@@ -168,7 +186,6 @@ def _load_keys(job: Job, done: jax.Array, memory: Memory, barriers: Barriers, fo
             plgpu.copy_gmem_to_smem(job.time.at[job.block, at], memory.key_time.at[slot], k_ready)
             plgpu.copy_gmem_to_smem(job.key_log.at[job.block, :, at], memory.key_log.at[slot], k_ready)
         whole = (step + 1) * keys <= job.length
-        slot = free_slot(done + step, stages, barriers.v_free)
 
         def load_values(ready: Any) -> None:
             for i in range(form.together):
@@ -187,6 +204,10 @@ def _load_keys(job: Job, done: jax.Array, memory: Memory, barriers: Barriers, fo
             for _ in range(form.together):
                 plgpu.barrier_arrive(barriers.v_ready.at[slot])
 
+    @pl.loop(jnp.maximum(job.steps - stages, 0), job.steps)
+    def _(step: jax.Array) -> None:
+        plgpu.barrier_wait(barriers.consumed.at[lax.rem(step, stages)])
+
 
 def _clear_tail(v: Any, first: jax.Array, form: Form) -> None:
     """Values from row `first` on are not the request's: a weight of 0 would not silence a NaN there."""
@@ -199,37 +220,11 @@ def _clear_tail(v: Any, first: jax.Array, form: Form) -> None:
     plgpu.commit_smem()
 
 
-def _compute(
-    job_of: Callable[[jax.Array], Job],
-    count: jax.Array,
-    group: jax.Array,
-    memory: Memory,
-    barriers: Barriers,
-    form: Form,
-) -> None:
-    """One warpgroup's 64 query rows of job after job."""
-
-    def one(number: jax.Array, done: jax.Array) -> jax.Array:
-        job = job_of(number)
-
-        @pl.when(job.rows > 0)
-        def _() -> None:
-            _attend(job, job_of(number + 1), done, group, memory, barriers, form)
-
-        return done + job.steps
-
-    _load_queries(job_of(jnp.int32(0)), group, memory, barriers, form)
-    lax.fori_loop(0, count, one, jnp.int32(0))
-    plgpu.wait_smem_to_gmem(0)
-
-
-def _attend(
-    job: Job, following: Job, done: jax.Array, group: jax.Array, memory: Memory, barriers: Barriers, form: Form
-) -> None:
+def _compute(job: _Job, group: jax.Array, memory: Memory, barriers: _Barriers, form: Form) -> None:
+    """One warpgroup's 64 query rows."""
     offset = group * TILE
     begin = job.position + offset  # of these rows in the history
     alone = jnp.logical_or(jnp.logical_not(job.is_history), begin + TILE > job.length)
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last result, which lies where own values come
     _load_own(job, group, alone, memory, barriers, form)
     factors = [_factors(job, i, form) for i in range(form.together)]
     plgpu.barrier_wait(barriers.q_ready.at[group])
@@ -239,9 +234,19 @@ def _attend(
         return tuple(_see_own(job, group, begin, i, factors[i][0], memory, form) for i in range(form.together))
 
     state = lax.cond(alone, own_keys, lambda: (_nothing(form),) * form.together)
-    loop = Loop(job, group, begin, done, factors, memory, barriers, form)
-    state = lax.cond(job.steps > 0, loop.attend, lambda state: state, state)
-    _load_queries(following, group, memory, barriers, form)
+
+    def all_steps(history: bool, state: Any) -> Any:
+        whole = lax.div(job.length, form.tiling.keys)
+        if form.causal and history:
+            whole = jnp.minimum(whole, lax.div(begin, form.tiling.keys))
+        one = partial(_step_of, job, group, begin, factors, memory, barriers, form, history)
+        state = lax.fori_loop(0, whole, one(False), state)
+        return lax.fori_loop(whole, job.steps, one(True), state)
+
+    if form.biased or form.causal:
+        state = lax.cond(job.is_history, partial(all_steps, True), partial(all_steps, False), state)
+    else:
+        state = all_steps(False, state)
     for i, (mixed, *running) in enumerate(state):
         inverse = per_row(1.0 / running[1], mixed) if form.softmax else 1.0 / form.divisor
         memory.own_v[group, i] = (mixed * inverse).astype(form.dtype)
@@ -249,24 +254,18 @@ def _attend(
     _store(job, offset, memory.own_v.at[group], form)
 
 
-def _load_queries(job: Job, group: jax.Array, memory: Memory, barriers: Barriers, form: Form) -> None:
-    row, ready = job.row + group * TILE, barriers.q_ready.at[group]
-
-    @pl.when(job.rows > 0)
-    def _() -> None:
-        for i in range(form.together):
-            source = job.q.at[job.block, pl.ds(row, TILE), _columns(job, i, form.qk_dim)]
-            plgpu.copy_gmem_to_smem(source, memory.q.at[group, i], ready)
-        if form.biased:
-            own = job.time.at[job.block, pl.ds(row + form.first, TILE)]
-            plgpu.copy_gmem_to_smem(own, memory.own_time.at[group], ready)
-
-
-def _load_own(job: Job, group: jax.Array, alone: jax.Array, memory: Memory, barriers: Barriers, form: Form) -> None:
-    own, ready = pl.ds(job.row + group * TILE + form.first, TILE), barriers.own_ready.at[group]
+def _load_own(job: _Job, group: jax.Array, alone: jax.Array, memory: Memory, barriers: _Barriers, form: Form) -> None:
+    row = job.row + group * TILE
+    ready, own = barriers.q_ready.at[group], pl.ds(row + form.first, TILE)
+    for i in range(form.together):
+        source = job.q.at[job.block, pl.ds(row, TILE), _columns(job, i, form.qk_dim)]
+        plgpu.copy_gmem_to_smem(source, memory.q.at[group, i], ready)
+    if form.biased:
+        plgpu.copy_gmem_to_smem(job.time.at[job.block, own], memory.own_time.at[group], ready)
 
     @pl.when(alone)
     def _() -> None:
+        ready = barriers.own_ready.at[group]
         for i in range(form.together):
             source = job.k.at[job.block, own, _columns(job, i, form.qk_dim)]
             plgpu.copy_gmem_to_smem(source, memory.own_k.at[group, i], ready)
@@ -274,7 +273,7 @@ def _load_own(job: Job, group: jax.Array, alone: jax.Array, memory: Memory, barr
             plgpu.copy_gmem_to_smem(source, memory.own_v.at[group, i], ready)
 
 
-def _store(job: Job, offset: jax.Array, result: Any, form: Form) -> None:
+def _store(job: _Job, offset: jax.Array, result: Any, form: Form) -> None:
     """The rows that belong to the job: rows after them may be another request's."""
     piece = min(form.align, TILE)
     for at in range(0, TILE, piece):
@@ -286,8 +285,10 @@ def _store(job: Job, offset: jax.Array, result: Any, form: Form) -> None:
                 source = result.at[i, pl.ds(at, piece)]
                 plgpu.copy_smem_to_gmem(source, job.out.at[job.block, to, _columns(job, i, form.v_dim)])
 
+    plgpu.wait_smem_to_gmem(0)
 
-def _factors(job: Job, i: int, form: Form) -> list[Any]:
+
+def _factors(job: _Job, i: int, form: Form) -> list[Any]:
     """Of q . k and of the bias's three terms. Softmax counts in powers of 2."""
     if form.scale is not None:
         scale, unit = form.scale, 1.0
@@ -309,7 +310,7 @@ def _nothing(form: Form) -> tuple[Any, ...]:
 
 
 def _see_own(
-    job: Job, group: jax.Array, begin: jax.Array, i: int, scale: Any, memory: Memory, form: Form
+    job: _Job, group: jax.Array, begin: jax.Array, i: int, scale: Any, memory: Memory, form: Form
 ) -> tuple[Any, ...]:
     """The same where a row that is no history row has seen its own key."""
     position = plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=ROW) + begin
@@ -321,3 +322,31 @@ def _see_own(
     weight = jnp.where(sees, 1.0 if form.softmax else silu(own), 0.0)
     mixed = value * per_row(weight, value)
     return (mixed, jnp.where(sees, own, MASKED), weight) if form.softmax else (mixed,)
+
+
+def _step_of(
+    job: _Job,
+    group: jax.Array,
+    begin: jax.Array,
+    factors: list[list[Any]],
+    memory: Memory,
+    barriers: _Barriers,
+    form: Form,
+    history: bool,
+    masked: bool,
+) -> Callable[[jax.Array, Any], Any]:
+    """Takes one step's keys in; masked where some may be hidden."""
+
+    def step(number: jax.Array, state: Any) -> Any:
+        slot, key = lax.rem(number, form.tiling.stages), number * form.tiling.keys
+        plgpu.barrier_wait(barriers.k_ready.at[slot])
+        scores = scores_of(memory.q.at[group], memory.k.at[slot], form)
+        logs = logs_of(begin - key, group, slot, memory, form, history) if form.biased else None
+        hidden = hidden_pairs(job.length, begin, key, form, history) if masked else None
+        weighted = [weigh(logits_of(scores[i], factors[i], logs), hidden, state[i], form) for i in range(form.together)]
+        plgpu.barrier_wait(barriers.v_ready.at[slot])
+        mixed = mix(weighted, memory.v.at[slot], memory.weights.at[group] if form.interpret else None)
+        plgpu.barrier_arrive(barriers.consumed.at[slot])
+        return tuple((new, *running) for new, (_, _, *running) in zip(mixed, weighted, strict=True))
+
+    return step

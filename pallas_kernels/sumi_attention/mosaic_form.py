@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import jax
-
 MASKED = -1e30
 """Logit of a key that a query does not see: finite, so that a row without history stays free of NaN."""
 
@@ -18,13 +16,13 @@ class Tiling:
     Attributes:
         warpgroups: that compute, 64 query rows each.
         keys: key rows of a step.
-        stages: steps in flight; at least 2.
+        stages: steps in flight.
         heads: of a thread block; None for as many as registers allow.
     """
 
     warpgroups: int = 2
     keys: int = 64
-    stages: int = 3
+    stages: int = 2
     heads: int | None = None
 
 
@@ -70,38 +68,3 @@ class Memory(NamedTuple):
     key_time: Any  # int32[s, keys], with a bias
     key_log: Any  # float32[s, 2, keys], with a bias
     weights: Any  # [w, 64, keys], in the interpreter: it takes both operands from shared memory only
-
-
-class Barriers(NamedTuple):
-    """Of tiles that have arrived, and of steps whose keys and values have been used up."""
-
-    q_ready: Any  # [w]
-    own_ready: Any  # [w]
-    k_ready: Any  # [s]
-    v_ready: Any  # [s]
-    tail_ready: Any
-    k_free: Any  # [s]
-    v_free: Any  # [s]
-
-
-class Job(NamedTuple):
-    """What is to be done: scalars, and the operands in global memory."""
-
-    block: jax.Array
-    head: jax.Array
-    row: jax.Array
-    rows: jax.Array
-    key_start: jax.Array
-    position: jax.Array
-    is_history: jax.Array
-    length: jax.Array
-    scenario: jax.Array
-    steps: jax.Array
-    q: Any
-    k: Any
-    v: Any
-    temperature: Any
-    coefficients: Any
-    time: Any
-    key_log: Any
-    out: Any

@@ -5,11 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from flame_jax.pallas_kernels.hopper import COLUMN, FULL, ROW, TILE, per_column, per_row, silu
 from flame_jax.pallas_kernels.sumi_attention.mosaic_form import MASKED, Form, Memory
+
+
+def scores_of(q: Any, k: Any, form: Form) -> list[jax.Array]:
+    """q . k of every head, float32[64, keys]."""
+
+    def products(*accumulators: Any) -> list[jax.Array]:
+        for i, accumulator in enumerate(accumulators):
+            plgpu.wgmma(accumulator, q.at[i], k.at[i].T)
+        return [accumulator[...] for accumulator in accumulators]
+
+    return pl.run_scoped(products, *[plgpu.ACC((TILE, form.tiling.keys), jnp.float32)] * form.together)
 
 
 def logs_of(ahead: jax.Array, group: jax.Array, slot: jax.Array, memory: Memory, form: Form, history: bool) -> Any:
@@ -33,30 +45,49 @@ def hidden_pairs(length: jax.Array, begin: jax.Array, key: jax.Array, form: Form
     return hidden
 
 
-def bias_of(logs: Any, factors: list[Any]) -> jax.Array:
-    """A head's bias: per pair, or per key."""
-    far, old = logs
-    bias: jax.Array = far * factors[1] + old * factors[2] + factors[3]
-    return bias
-
-
-def logits_of(scores: jax.Array, scale: Any, bias: Any) -> jax.Array:
-    """Scaled scores plus the bias, if there is any."""
-    logits = scores * scale
-    if bias is None:
+def logits_of(scores: jax.Array, factors: list[Any], logs: Any) -> jax.Array:
+    """Scaled scores plus the bias."""
+    logits = scores * factors[0]
+    if logs is None:
         return logits
-    return logits + (per_column(bias, logits) if bias.ndim == 1 else bias)
+    far, old = logs
+    terms = far * factors[1] + old * factors[2] + factors[3]
+    return logits + (per_column(terms, logits) if terms.ndim == 1 else terms)
 
 
-def weigh(logits: jax.Array, hidden: Any, running: tuple[Any, ...], form: Form) -> tuple[Any, Any, tuple[Any, ...]]:
-    """Weights of a step's keys in the values' dtype; what is mixed so far must be multiplied by; the running sums."""
+def weigh(logits: jax.Array, hidden: Any, state: tuple[Any, ...], form: Form) -> tuple[Any, ...]:
+    """Weights of the step's keys, in the values' dtype; the state, with what it mixed so far scaled to match."""
+    mixed, *running = state
     if not form.softmax:
         weights = silu(logits)
         weights = weights if hidden is None else jnp.where(hidden, 0.0, weights)
-        return weights.astype(form.dtype), None, ()
+        return weights.astype(form.dtype), mixed
     peak, total = running
     logits = logits if hidden is None else jnp.where(hidden, MASKED, logits)
     new_peak = jnp.maximum(peak, logits.max(axis=1))
     decay = jnp.exp2(peak - new_peak)
     weights = jnp.exp2(logits - per_row(new_peak, logits))
-    return weights.astype(form.dtype), decay, (new_peak, total * decay + weights.sum(axis=1))
+    total = total * decay + weights.sum(axis=1)
+    return weights.astype(form.dtype), mixed * per_row(decay, mixed), new_peak, total
+
+
+def mix(weighted: list[tuple[Any, ...]], v: Any, staging: Any) -> list[jax.Array]:
+    """Add the weighted values of every head to what it mixed so far."""
+    if staging is None:
+
+        def accumulate(accumulators: Any) -> None:
+            for i, accumulator in enumerate(accumulators):
+                plgpu.wgmma(accumulator, weighted[i][0], v.at[i])
+
+        return list(pl.run_state(accumulate)(tuple(plgpu.ACC.init(mixed) for _, mixed, *_ in weighted)))
+    mixed = []
+    for i, (weights, before, *_) in enumerate(weighted):
+        staging[...] = weights
+        plgpu.commit_smem()
+
+        def product(accumulator: Any, i: int = i) -> jax.Array:
+            plgpu.wgmma(accumulator, staging, v.at[i])
+            return accumulator[...]
+
+        mixed.append(before + pl.run_scoped(product, plgpu.ACC(before.shape, jnp.float32)))
+    return mixed

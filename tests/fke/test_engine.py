@@ -365,7 +365,7 @@ def test_a_vocabulary_of_another_size_is_refused(folder: Path) -> None:
         (("model", "layers"), 2),
         (("model", "heads"), "2"),
         (("schema", "actions"), 6),
-        (("layout", "max_requests"), 5),
+        (("layout", "max_requests"), 50),
         (("executables",), []),
     ],
     ids=str,

@@ -75,7 +75,7 @@ def test_slot_bytes_are_those_of_a_slot_that_one_request_fills(place: Literal["d
     history, candidates = 7, 5
     bucket = Bucket(history + candidates, candidates)
     slot = slot_layout(schema, Layout(align=1, max_requests=1), bucket, host_words=config.host_words)
-    assert request_cost(config, schema, history, candidates).slot_bytes == 4 * slot.words
+    assert request_cost(config, schema, history, candidates).slot_bytes == 4 * sum(f.words for f in slot.fields)
 
 
 def test_history_bytes_by_hand() -> None:
@@ -149,11 +149,15 @@ def test_a_buckets_cost_is_the_matrix_products_of_its_program(name: str, bucket:
     weights = list(served_specs(config, schema, 30).values())
     words = np.zeros(slot.words, np.int32)
     program = jax.make_jaxpr(rank_function(config, schema, LAYOUT, slot, 30))(weights, words)
-    # A row's own key has one value, whose weighting is a product number by number.
+    # A row's own key has one value, whose weighting is a product number by number; so is the fusion's attention, for
+    # which the two blocks of a candidate are the keys.
     value = 7 if config.architecture == "hstu" else 4
     rows = (config.layers - 1) * bucket.tokens + bucket.candidates
     own_values = len(schema.blocks) * rows * 2 * 2 * value
-    assert bucket_cost(config, schema, LAYOUT, bucket) == matrix_products(program.jaxpr) + own_values
+    fused = config.architecture == "climber" and config.climber.fusion
+    between_blocks = bucket.candidates * 2 * 2 * 2 * 2 * (4 + 4) if fused else 0
+    expected = matrix_products(program.jaxpr) + own_values + between_blocks
+    assert bucket_cost(config, schema, LAYOUT, bucket) == expected
 
 
 @settings(deadline=None, max_examples=200)

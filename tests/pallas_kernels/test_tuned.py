@@ -7,8 +7,10 @@ import logging
 import pytest
 
 from flame_jax.pallas_kernels import tuned
+from flame_jax.pallas_kernels.gated_output import mosaic as gated_output
 from flame_jax.pallas_kernels.post_attention import mosaic as post_attention
 from flame_jax.pallas_kernels.post_attention.mosaic_form import Tiling as LayerTiling
+from flame_jax.pallas_kernels.pre_attention import mosaic as pre_attention
 from flame_jax.pallas_kernels.sumi_attention import mosaic as sumi_attention
 from flame_jax.pallas_kernels.sumi_attention.mosaic_form import Tiling
 
@@ -41,7 +43,7 @@ def test_a_shape_that_was_not_measured_is_told_once_and_guessed(caplog: pytest.L
     assert "sumi_attention has no measured block sizes" in record.getMessage()
 
 
-@pytest.mark.parametrize("module", [sumi_attention, post_attention])
+@pytest.mark.parametrize("module", [sumi_attention, post_attention, pre_attention, gated_output])
 def test_what_is_shipped_names_tilings(module: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     operation = module.__name__.split(".")[-2]  # type: ignore[attr-defined]
