@@ -45,7 +45,7 @@ def input_tilings(rows: int) -> list[InputTiling]:
     """Block sizes of `pre_attention` for so many rows, where u, v, q and k have multiples of 128 columns."""
     found = []
     for warpgroups, chunk, stages, pieces in (
-        *((2, 128, 6, 4), (2, 128, 8, 4), (2, 64, 16, 4)),
+        *((2, 128, 6, 4), (2, 128, 8, 4)),
         (1, 128, 8, 4),
     ):
         tiles = -(-rows // (_ROWS * warpgroups))

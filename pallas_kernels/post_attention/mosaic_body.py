@@ -85,6 +85,8 @@ def body(*refs: Any, form: Form) -> None:
             def _(number: jax.Array) -> None:
                 _compute(work, number, ((worker + number * workers) * w + group) * TILE, group, form)
 
+            plgpu.wait_smem_to_gmem(0)  # shared memory must not go before what is stored from it
+
     pl.run_scoped(work_off, collective_axes="warpgroup", **scratch)
 
 
