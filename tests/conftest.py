@@ -3,4 +3,4 @@
 import os
 
 # Every warpgroup of an interpreted kernel blocks a thread of this pool, which is as large as the machine has cores.
-os.environ.setdefault("PJRT_NPROC", "16")
+os.environ.setdefault("PJRT_NPROC", "8")

@@ -236,7 +236,7 @@ class TestMosaicInterpreted(SumiAttentionCases):
     def test_every_request_matches_the_oracle_whatever_its_neighbours(self, shapes: list[tuple[int, int, int]]) -> None:
         self.check(shapes, seed=len(shapes))
 
-    @pytest.mark.parametrize("tiling", [Tiling(1, 64, 3, 1), Tiling(3, 64, 2, 1), Tiling(2, 128, 2, 2)], ids=str)
+    @pytest.mark.parametrize("tiling", [Tiling(3, 64, 2, 1), Tiling(2, 128, 2, 2)], ids=str)
     def test_other_block_sizes_match_the_oracle_too(self, tiling: Tiling, monkeypatch: pytest.MonkeyPatch) -> None:
         attention = staticmethod(partial(mosaic.sumi_attention, interpret=True, tiling=tiling))
         monkeypatch.setattr(TestMosaicInterpreted, "attention", attention)
