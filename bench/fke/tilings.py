@@ -44,10 +44,7 @@ def layer_tilings(width: int = 128, inner: int = 128, vectors: int = 1664) -> li
 def input_tilings(rows: int) -> list[InputTiling]:
     """Block sizes of `pre_attention` for so many rows, where u, v, q and k have multiples of 128 columns."""
     found = []
-    for warpgroups, chunk, stages, pieces in (
-        *((2, 128, 6, 4), (2, 128, 8, 4)),
-        (1, 128, 8, 4),
-    ):
+    for warpgroups, chunk, stages, pieces in ((2, 128, 6, 4), (2, 128, 8, 4), (1, 128, 8, 4)):
         tiles = -(-rows // (_ROWS * warpgroups))
         for parts in (1, 2, 4):
             # Rows that are few are shared by as many thread blocks as there are multiprocessors, or twice as many.

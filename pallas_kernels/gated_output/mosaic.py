@@ -33,7 +33,7 @@ def gated_output(
     """See `api.gated_output`. o is [blocks, n - first, values].
 
     Raises:
-        ValueError: `misfit` has something against it.
+        ValueError: `misfit` has something against it, or the tiling does not divide the columns.
     """
     (blocks, rows, values), width = o.shape, x.shape[-1]
     reason = misfit(o.dtype, width, values, rows, plain="output_scale" not in weights)
@@ -41,6 +41,8 @@ def gated_output(
         raise ValueError(f"gated output on Mosaic GPU: {reason}")
     whole = weights["out_w"].shape[-2] != values
     tiling = tiling or tiling_for({"width": width, "values": values, "whole": whole}, blocks * rows)
+    if width % tiling.columns:
+        raise ValueError(f"gated output: a width of {width} is not cut into {tiling.columns} columns")
     form = Form(blocks, rows, first, values, width, whole, epsilon, o.dtype, tiling, interpret)
     vectors = [weights[name].astype(jnp.float32) for name in ("output_scale", "output_shift")]
     return _call(jnp.full((1,), layer, jnp.int32), *vectors, o, u, x, weights["out_w"].astype(o.dtype), form)

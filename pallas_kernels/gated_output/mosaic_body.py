@@ -247,7 +247,7 @@ def _product(
 
     mean, squares = lax.fori_loop(0, form.steps, see, (zeros(TILE, layout=ROW), zeros(TILE, layout=ROW)))
     spread = lax.rsqrt(squares * (1.0 / form.values) + form.epsilon)
-    # The item before has left long ago: the loader may bring x.
+    # Once the item before has left, the loader may bring x.
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     plgpu.barrier_arrive(barriers.x_free.at[group])
 
@@ -259,6 +259,8 @@ def _product(
             multiply(u, at)
             finish(at)
             release(piece_turn + at - 1)
+        else:
+            plgpu.wgmma_wait(0)  # the last gated piece is read from registers that the next one gets
         o = take(piece_turn + at + 1)
         gated = _gate(operands, u, o, step, mean, spread, form)
         if form.interpret:  # `wgmma` takes both operands from shared memory only

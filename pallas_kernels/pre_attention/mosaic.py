@@ -36,13 +36,15 @@ def pre_attention(
     """See `api.pre_attention`. x is [blocks, n, D].
 
     Raises:
-        ValueError: `misfit` has something against it.
+        ValueError: `misfit` has something against it, or the tiling does not divide the columns.
     """
     blocks, rows, width = x.shape
     reason = misfit(x.dtype, width, sizes, rows, plain="input_scale" not in weights)
     if reason:
         raise ValueError(f"pre-attention on Mosaic GPU: {reason}")
     tiling = tiling or tiling_for({"width": width, "sizes": list(sizes)}, blocks * rows)
+    if any(size % tiling.chunk for size in sizes) or sum(sizes) // tiling.chunk % tiling.parts:
+        raise ValueError(f"pre-attention: {sizes} columns are not cut into {tiling.parts} parts of {tiling.chunk}")
     activated = sizes[0] if gate_only else sum(sizes)
     form = Form(blocks, rows, width, sizes, activated, epsilon, x.dtype, tiling, interpret)
     vectors = [weights[name].astype(jnp.float32) for name in ("input_scale", "input_shift", "uvqk_b")]

@@ -142,7 +142,7 @@ def _compute(operands: Operands, group: jax.Array, memory: Memory, barriers: Bar
             )
             column = item.column + chunk * form.tiling.chunk
             y = _activated(operands, y, column, form)
-            # What lay there has left long ago.
+            # Once what lay there has left.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             memory.out[group] = y.astype(form.dtype)
             plgpu.commit_smem()
