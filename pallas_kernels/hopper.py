@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -38,16 +40,44 @@ def tile_memory(*lead: int, rows: int, width: int, dtype: Any) -> Any:
     return plgpu.SMEM((*lead, rows, width), dtype, transforms=transforms)
 
 
-def few_registers(warpgroups: int, interpret: bool) -> None:
-    """For the warpgroup that loads for so many others."""
-    if not interpret:
-        plgpu.set_max_registers(_REGISTERS[warpgroups][1], action="decrease")
+def by_role(warpgroups: int, interpret: bool, load: Callable[[], None], compute: Callable[[jax.Array], None]) -> None:
+    """The last warpgroup loads, with few registers; so many others compute, each told its number."""
+    group = lax.axis_index("warpgroup")
+    many, few = _REGISTERS[warpgroups]
+
+    @pl.when(group == warpgroups)
+    def _() -> None:
+        if not interpret:
+            plgpu.set_max_registers(few, action="decrease")
+        load()
+
+    @pl.when(group < warpgroups)
+    def _() -> None:
+        if not interpret:
+            plgpu.set_max_registers(many, action="increase")
+        compute(group)
 
 
-def many_registers(warpgroups: int, interpret: bool) -> None:
-    """For each of so many warpgroups that compute."""
-    if not interpret:
-        plgpu.set_max_registers(_REGISTERS[warpgroups][0], action="increase")
+def kernel(body: Callable[..., None], form: Any, out_type: Any, *, grid: Mapping[str, int], cluster: int = 0) -> Any:
+    """`body` as a function of arrays, for thread blocks of `form.tiling.warpgroups` that compute and one that loads.
+
+    Args:
+        body: called with all operands and outputs in global memory, and `form`.
+        grid: thread blocks, or clusters of them, by axis name.
+        cluster: thread blocks of a cluster, its axis being "cluster"; 0 for no such axis.
+    """
+    shared = {"cluster": (cluster,), "cluster_names": ("cluster",)} if cluster else {}
+    return plgpu.kernel(
+        partial(body, form=form),
+        out_type=out_type,
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        num_threads=form.tiling.warpgroups + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpreter(form.interpret),
+        **shared,
+    )
 
 
 def per_row(x: jax.Array, like: jax.Array) -> jax.Array:
@@ -77,20 +107,6 @@ def silu(x: jax.Array) -> jax.Array:
 def zeros(*shape: int, layout: Any) -> jax.Array:
     """float32 zeros where a warpgroup's threads hold them."""
     return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
-
-
-def share(total: int, cluster: int) -> tuple[Any, Any]:
-    """Which of `total` items a cluster of thread blocks does: (its number, how many).
-
-    Its item n is number `first + n * clusters_for(total, cluster)`. The grid is one axis, "block", of `clusters_for`.
-    """
-    first, clusters = lax.axis_index("block"), clusters_for(total, cluster)
-    return first, lax.div(total - first + (clusters - 1), clusters)
-
-
-def clusters_for(total: int, cluster: int) -> int:
-    """Clusters of so many thread blocks that work off `total` items."""
-    return min(total, max(1, MULTIPROCESSORS // cluster))
 
 
 def released(arrivals: int, number: int, cluster: int) -> Any:

@@ -14,16 +14,16 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from bench.baselines.inputs import Inputs, Run, packed_run
+from bench.baselines.inputs import Inputs, Run
 from bench.baselines.runs import jax_runs
 from bench.fke.choice import chosen, named
 from bench.fke.passes import (
     FUSED,
-    REFERENCE,
     Progress,
     apart,
     batch,
     compile_together,
+    engine_runs,
     first,
     launches,
     least_bytes,
@@ -32,8 +32,6 @@ from bench.fke.passes import (
 )
 from bench.fke.roofline import Point
 from bench.timing import latencies, side_by_side
-from flame_jax.fke.device import target_of
-from flame_jax.models.kernel_choice import choose_kernels
 
 
 class Case(NamedTuple):
@@ -87,8 +85,6 @@ def ablation(
 
 def offered(inputs: Inputs, names: Sequence[str], device: jax.Device, progress: Progress) -> dict[str, Run]:
     """The fused program, the reference, and baselines of these names; PyTorch's where it is installed."""
-    config = inputs.config
-    kernels = choose_kernels(config.model, config.layout, target_of(device).compute_capability, "auto")
     baselines = jax_runs(inputs)
     if importlib.util.find_spec("torch") is None:
         progress("torch is not installed: no eager PyTorch, and nothing to compare with")
@@ -97,7 +93,8 @@ def offered(inputs: Inputs, names: Sequence[str], device: jax.Device, progress: 
         from bench.baselines.torch_models import torch_runs
 
         baselines |= torch_runs(inputs, "cuda" if device.platform == "gpu" else "cpu")
-    return {FUSED: packed_run(inputs, kernels), REFERENCE: packed_run(inputs), **named(baselines, names)}
+    _, engine = engine_runs(inputs, device)
+    return engine | named(baselines, names)
 
 
 def measure(runs: dict[str, Run], inputs: Inputs, effort: Effort, progress: Progress) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from bench.baselines.inputs import Inputs, Run, packed_run
+from bench.baselines.inputs import Inputs, Run
 from bench.baselines.runs import CLIMBER, HSTU, jax_runs
 from bench.fke.choice import chosen, named
 from bench.fke.passes import (
@@ -18,6 +18,7 @@ from bench.fke.passes import (
     batch,
     compile_together,
     configured,
+    engine_runs,
     first,
     launches,
     least_bytes,
@@ -26,8 +27,6 @@ from bench.fke.passes import (
 )
 from bench.fke.roofline import Point
 from bench.timing import side_by_side
-from flame_jax.fke.device import target_of
-from flame_jax.models.kernel_choice import choose_kernels
 from flame_jax.pallas_kernels.kernels import Kernels
 
 
@@ -94,12 +93,8 @@ def _baselines(case: Case) -> Iterable[str]:
 
 def _prepare(case: Case, baselines: Sequence[str], device: jax.Device) -> _Prepared:
     inputs = batch(case.config, case.requests, case.history, case.candidates)
-    config = inputs.config
-    kernels = choose_kernels(config.model, config.layout, target_of(device).compute_capability, "auto")
-    others = named(jax_runs(inputs), baselines)
-    return _Prepared(
-        case, inputs, kernels, {FUSED: packed_run(inputs, kernels), REFERENCE: packed_run(inputs), **others}
-    )
+    kernels, engine = engine_runs(inputs, device)
+    return _Prepared(case, inputs, kernels, engine | named(jax_runs(inputs), baselines))
 
 
 def _measure(prepared: _Prepared, progress: Progress) -> dict[str, Any]:

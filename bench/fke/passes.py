@@ -6,17 +6,21 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
 from typing import Any
 
+import jax
 import numpy as np
 
 from bench.artifacts import untrained
-from bench.baselines.inputs import Inputs, Run, make_inputs
+from bench.baselines.inputs import Inputs, Run, make_inputs, packed_run
 from bench.threads import together, told
 from bench.timing import Launch
 from flame_jax.commandline import load
 from flame_jax.config import Config
+from flame_jax.fke.device import target_of
 from flame_jax.fke.golden import Golden
 from flame_jax.models.cost import request_cost
+from flame_jax.models.kernel_choice import choose_kernels
 from flame_jax.models.serving import served_weights
+from flame_jax.pallas_kernels.kernels import Kernels
 
 FUSED, REFERENCE = "fused", "reference"
 Progress = Callable[[str], None]
@@ -36,6 +40,13 @@ def _weights(name: str) -> Mapping[str, np.ndarray]:
 def batch(config: str, requests: int, history: int, candidates: int) -> Inputs:
     """A batch for a configuration with random weights, the same in every batch."""
     return make_inputs(configured(config), requests, history, candidates, weights=_weights(config))
+
+
+def engine_runs(inputs: Inputs, device: jax.Device) -> tuple[Kernels, dict[str, Run]]:
+    """The kernels that an export for this device chooses; the engine's program with them, and with none."""
+    config = inputs.config
+    kernels = choose_kernels(config.model, config.layout, target_of(device).compute_capability, "auto")
+    return kernels, {FUSED: packed_run(inputs, kernels), REFERENCE: packed_run(inputs)}
 
 
 def compile_together(runs: Iterable[Run]) -> None:

@@ -15,6 +15,7 @@ from jax import lax
 
 from bench.fke.cases import CAUSAL, CLIMBER, HSTU, AttentionCase, following, hstu_weights, inputs, layer_weights
 from bench.fke.choice import chosen
+from bench.fke.programs import CHAIN
 from bench.fke.tilings import attention_tilings, input_tilings, layer_tilings, output_tilings
 from bench.threads import lowering_processes, together
 from bench.timing import Launch, side_by_side
@@ -26,8 +27,6 @@ from flame_jax.pallas_kernels.sumi_attention.types import LogBias, Softmax
 
 BETWEEN = ("climber_long B=8", CAUSAL[1].name, CAUSAL[2].name)
 """Cases whose rows lie between those of others of the same shape: the nearest one's block sizes do."""
-CHAIN = 8
-"""Calls of a kernel in one program, each on the last one's output: a launch alone takes longer than a small kernel."""
 SMALL = 8192
 """Rows of all blocks together, up to which a chain takes about as long as starting it."""
 SAME = 0.02

@@ -7,13 +7,12 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from flame_jax.pallas_kernels import tuned
 from flame_jax.pallas_kernels.gated_output.mosaic_body import body
 from flame_jax.pallas_kernels.gated_output.mosaic_form import Form, Tiling
-from flame_jax.pallas_kernels.hopper import MULTIPROCESSORS, TILE, clusters_for, interpreter
+from flame_jax.pallas_kernels.hopper import MULTIPROCESSORS, TILE, kernel
 
 __all__ = ["Tiling", "gated_output", "misfit", "tiling_for"]
 
@@ -89,15 +88,6 @@ def _call(
     weights: jax.Array,
     form: Form,
 ) -> jax.Array:
-    return plgpu.kernel(
-        partial(body, form=form),
-        out_type=jax.ShapeDtypeStruct((form.blocks, form.rows, form.width), o.dtype),
-        grid=(clusters_for(form.items, form.tiling.cluster),),
-        grid_names=("block",),
-        cluster=(form.tiling.cluster,),
-        cluster_names=("cluster",),
-        num_threads=form.tiling.warpgroups + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=interpreter(form.interpret),
-    )(layer, scale, shift, o, u, x, weights)
+    out = jax.ShapeDtypeStruct((form.blocks, form.rows, form.width), o.dtype)
+    call = kernel(body, form, out, grid={"block": form.items.clusters}, cluster=form.tiling.cluster)
+    return call(layer, scale, shift, o, u, x, weights)

@@ -11,26 +11,24 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from flame_jax.pallas_kernels.gated_output.mosaic_form import Barriers, Form, Item, Memory, Operands
+from flame_jax.pallas_kernels.gated_output.mosaic_form import Barriers, Form, Memory, Operands
 from flame_jax.pallas_kernels.hopper import (
     COLUMN,
     FULL,
     ROW,
     TILE,
     add_moments,
-    clusters_for,
+    by_role,
     copy_to_cluster,
     drain,
-    few_registers,
     free_slot,
-    many_registers,
     per_column,
     per_row,
     released,
-    share,
     tile_memory,
     zeros,
 )
+from flame_jax.pallas_kernels.items import Item
 
 
 def body(number: Any, *refs: Any, form: Form) -> None:
@@ -54,50 +52,25 @@ def body(number: Any, *refs: Any, form: Form) -> None:
     )
 
     def work_off(memory: Memory, barriers: Barriers) -> None:
-        group = lax.axis_index("warpgroup")
-
-        @pl.when(group == w)
-        def _() -> None:
-            few_registers(w, form.interpret)
-            _load(operands, memory, barriers, form)
-
-        @pl.when(group < w)
-        def _() -> None:
-            many_registers(w, form.interpret)
-            _compute(operands, group, memory, barriers, form)
+        by_role(
+            w,
+            form.interpret,
+            lambda: _load(operands, memory, barriers, form),
+            lambda group: _compute(operands, group, memory, barriers, form),
+        )
 
     pl.run_scoped(work_off, memory, barriers, collective_axes="warpgroup")
 
 
-def _rows_of_block(form: Form) -> int:
-    return TILE * form.tiling.warpgroups
-
-
-def _item(first: jax.Array, n: jax.Array, form: Form) -> Item:
-    number = first + n * clusters_for(form.items, form.tiling.cluster)
-    tile, part = lax.div(number, form.parts), lax.rem(number, form.parts)
-    return Item(
-        block=lax.div(tile, form.tiles),
-        row=(lax.rem(tile, form.tiles) * form.tiling.cluster + lax.axis_index("cluster")) * _rows_of_block(form),
-        column=part * form.tiling.columns,
-    )
-
-
-def _row(item: Item, group: Any, form: Form) -> tuple[jax.Array, jax.Array]:
-    """Whether the warpgroup has rows, and the first: of the last ones once more where it has none."""
-    wanted = item.row + group * TILE
-    return wanted < form.rows, pl.multiple_of(jnp.minimum(wanted, form.rows - TILE), TILE)
-
-
 def _load(operands: Operands, memory: Memory, barriers: Barriers, form: Form) -> None:
     """Pieces and weights into whatever stage is free, turn by turn."""
-    first, count = share(form.items, form.tiling.cluster)
+    count = form.items.count()
     # So late that both rings were full since `x_free` was told: the loader does not stop for it.
     x_turn = min(max(form.tiling.stages, form.tiling.pieces), form.steps)
 
     @pl.loop(0, count)
     def _(n: jax.Array) -> None:
-        item = _item(first, n, form)
+        item = form.items.at(n)
 
         @pl.loop(0, form.turns)
         def _(turn: jax.Array) -> None:
@@ -118,7 +91,7 @@ def _load(operands: Operands, memory: Memory, barriers: Barriers, form: Form) ->
             @pl.when(later == x_turn)
             def _() -> None:
                 for group in range(form.tiling.warpgroups):
-                    _, row = _row(item, group, form)
+                    _, row = form.items.row(item, group)
                     source = operands.x.at[
                         item.block, pl.ds(row + form.first, TILE), pl.ds(item.column, form.tiling.columns)
                     ]
@@ -143,7 +116,7 @@ def _send_piece(
 
     def send(source: Any, offset: int) -> None:
         for group in range(form.tiling.warpgroups):
-            _, row = _row(item, group, form)
+            _, row = form.items.row(item, group)
             piece = source.at[item.block, pl.ds(row + offset, TILE), columns]
             plgpu.copy_gmem_to_smem(piece, memory.pieces.at[slot, group], barriers.piece_ready.at[slot])
 
@@ -172,12 +145,12 @@ def _send_weights(
 
 def _compute(operands: Operands, group: jax.Array, memory: Memory, barriers: Barriers, form: Form) -> None:
     """One warpgroup's 64 rows of every item."""
-    first, count = share(form.items, form.tiling.cluster)
+    count = form.items.count()
 
     @pl.loop(0, count)
     def _(n: jax.Array) -> None:
-        item = _item(first, n, form)
-        inside, row = _row(item, group, form)
+        item = form.items.at(n)
+        inside, row = form.items.row(item, group)
         y = pl.run_scoped(
             partial(_product, operands, group, n, memory, barriers, form),
             plgpu.ACC((TILE, form.tiling.columns), jnp.float32),

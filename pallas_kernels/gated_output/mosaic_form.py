@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from flame_jax.pallas_kernels.hopper import TILE
+from flame_jax.pallas_kernels.items import Items
 
 
 @dataclass(frozen=True)
@@ -60,19 +61,11 @@ class Form:
         return self.turns if self.whole else self.steps
 
     @property
-    def tiles(self) -> int:
-        """Of a cluster's rows, in each of `blocks`."""
-        return -(-self.rows // (TILE * self.tiling.warpgroups * self.tiling.cluster))
-
-    @property
-    def parts(self) -> int:
-        """Of the columns."""
-        return self.width // self.tiling.columns
-
-    @property
-    def items(self) -> int:
+    def items(self) -> Items:
         """A tile's rows and one part of the columns."""
-        return self.blocks * self.tiles * self.parts
+        tiling = self.tiling
+        parts = self.width // tiling.columns
+        return Items(self.blocks, self.rows, parts, tiling.columns, tiling.warpgroups, tiling.cluster)
 
 
 class Memory(NamedTuple):
@@ -106,11 +99,3 @@ class Operands(NamedTuple):
     x: Any
     weights: Any
     out: Any
-
-
-class Item(NamedTuple):
-    """What is to be done: where it lies in `blocks`, in the rows and in the columns."""
-
-    block: jax.Array
-    row: jax.Array
-    column: jax.Array

@@ -7,11 +7,10 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from flame_jax.pallas_kernels import tuned
-from flame_jax.pallas_kernels.hopper import MULTIPROCESSORS, TILE, interpreter
+from flame_jax.pallas_kernels.hopper import MULTIPROCESSORS, TILE, kernel
 from flame_jax.pallas_kernels.post_attention.mosaic_body import body
 from flame_jax.pallas_kernels.post_attention.mosaic_form import Form, Tiling
 from flame_jax.pallas_kernels.post_attention.types import Projection, layer_weights
@@ -83,18 +82,9 @@ def misfit(dtype: Any, width: int, inner: int, hidden: int, rows: int) -> str:
 @partial(jax.jit, static_argnames="form")
 def _call(operands: list[jax.Array], form: Form) -> tuple[jax.Array, ...]:
     _, attended, x, *_ = operands
-    blocks, tiles = len(x), -(-form.rows // (TILE * form.tiling.warpgroups))
+    blocks = len(x)
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype)]
     if form.projects:
         shapes += [jax.ShapeDtypeStruct(attended.shape, x.dtype)] * 3
-    call = plgpu.kernel(
-        partial(body, form=form),
-        out_type=shapes,
-        grid=(min(tiles, max(1, MULTIPROCESSORS // blocks)), blocks),
-        grid_names=("worker", "block"),
-        num_threads=form.tiling.warpgroups + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=interpreter(form.interpret),
-    )
-    return tuple(call(*operands))
+    grid = {"worker": min(form.tiles, max(1, MULTIPROCESSORS // blocks)), "block": blocks}
+    return tuple(kernel(body, form, shapes, grid=grid)(*operands))

@@ -20,8 +20,7 @@ from flame_jax.pallas_kernels.hopper import (
     FULL,
     TILE,
     Ring,
-    few_registers,
-    many_registers,
+    by_role,
     norm_rows,
     per_column,
     tile_memory,
@@ -67,18 +66,10 @@ def body(*refs: Any, form: Form) -> None:
     }
 
     def work_off(**memory: Any) -> None:
-        work, group = _work(refs, memory, form), lax.axis_index("warpgroup")
-        worker, workers = lax.axis_index("worker"), lax.axis_size("worker")
+        work, worker, workers = _work(refs, memory, form), lax.axis_index("worker"), lax.axis_size("worker")
         tiles = lax.div(form.tiles - 1 - worker, workers) + 1
 
-        @pl.when(group == w)
-        def _() -> None:
-            few_registers(w, form.interpret)
-            _load(work, tiles, form)
-
-        @pl.when(group < w)
-        def _() -> None:
-            many_registers(w, form.interpret)
+        def compute(group: jax.Array) -> None:
             plgpu.barrier_wait(work.vectors_ready)
 
             @pl.loop(0, tiles)
@@ -86,6 +77,8 @@ def body(*refs: Any, form: Form) -> None:
                 _compute(work, number, ((worker + number * workers) * w + group) * TILE, group, form)
 
             plgpu.wait_smem_to_gmem(0)  # shared memory must not go before what is stored from it
+
+        by_role(w, form.interpret, lambda: _load(work, tiles, form), compute)
 
     pl.run_scoped(work_off, collective_axes="warpgroup", **scratch)
 

@@ -8,11 +8,10 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from flame_jax.pallas_kernels import tuned
-from flame_jax.pallas_kernels.hopper import MULTIPROCESSORS, TILE, clusters_for, interpreter
+from flame_jax.pallas_kernels.hopper import MULTIPROCESSORS, TILE, kernel
 from flame_jax.pallas_kernels.pre_attention.mosaic_body import body
 from flame_jax.pallas_kernels.pre_attention.mosaic_form import Form, Tiling
 
@@ -93,16 +92,6 @@ def _call(
     weights: jax.Array,
     form: Form,
 ) -> tuple[jax.Array, ...]:
-    call = plgpu.kernel(
-        partial(body, form=form),
-        out_type=[jax.ShapeDtypeStruct((*x.shape[:2], size), x.dtype) for size in form.sizes],
-        grid=(clusters_for(form.items, form.tiling.cluster),),
-        grid_names=("block",),
-        cluster=(form.tiling.cluster,),
-        cluster_names=("cluster",),
-        num_threads=form.tiling.warpgroups + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=interpreter(form.interpret),
-    )
+    out = [jax.ShapeDtypeStruct((*x.shape[:2], size), x.dtype) for size in form.sizes]
+    call = kernel(body, form, out, grid={"block": form.items.clusters}, cluster=form.tiling.cluster)
     return tuple(call(layer, scale, shift, bias, x, weights))

@@ -17,21 +17,18 @@ from flame_jax.pallas_kernels.hopper import (
     ROW,
     TILE,
     add_moments,
-    clusters_for,
+    by_role,
     copy_to_cluster,
     drain,
-    few_registers,
     free_slot,
-    many_registers,
     per_column,
     per_row,
     released,
-    share,
     silu,
     tile_memory,
     zeros,
 )
-from flame_jax.pallas_kernels.pre_attention.mosaic_form import Barriers, Form, Item, Memory, Operands
+from flame_jax.pallas_kernels.pre_attention.mosaic_form import Barriers, Form, Memory, Operands
 
 
 def body(number: Any, scale: Any, shift: Any, bias: Any, x: Any, weights: Any, *outputs: Any, form: Form) -> None:
@@ -53,56 +50,31 @@ def body(number: Any, scale: Any, shift: Any, bias: Any, x: Any, weights: Any, *
     )
 
     def work_off(memory: Memory, barriers: Barriers) -> None:
-        group = lax.axis_index("warpgroup")
-
-        @pl.when(group == w)
-        def _() -> None:
-            few_registers(w, form.interpret)
-            _load(operands, memory, barriers, form)
-
-        @pl.when(group < w)
-        def _() -> None:
-            many_registers(w, form.interpret)
-            _compute(operands, group, memory, barriers, form)
+        by_role(
+            w,
+            form.interpret,
+            lambda: _load(operands, memory, barriers, form),
+            lambda group: _compute(operands, group, memory, barriers, form),
+        )
 
     pl.run_scoped(work_off, memory, barriers, collective_axes="warpgroup")
-
-
-def _rows_of_block(form: Form) -> int:
-    return TILE * form.tiling.warpgroups
-
-
-def _item(first: jax.Array, n: jax.Array, form: Form) -> Item:
-    number = first + n * clusters_for(form.items, form.tiling.cluster)
-    tile, part = lax.div(number, form.tiling.parts), lax.rem(number, form.tiling.parts)
-    return Item(
-        block=lax.div(tile, form.tiles),
-        row=(lax.rem(tile, form.tiles) * form.tiling.cluster + lax.axis_index("cluster")) * _rows_of_block(form),
-        column=part * (form.chunks * form.tiling.chunk),
-    )
-
-
-def _rows(item: Item, group: Any, form: Form) -> tuple[jax.Array, Any]:
-    """Whether the warpgroup has rows, and which: the last ones once more where it has none."""
-    wanted = item.row + group * TILE
-    return wanted < form.rows, pl.ds(pl.multiple_of(jnp.minimum(wanted, form.rows - TILE), TILE), TILE)
 
 
 def _load(operands: Operands, memory: Memory, barriers: Barriers, form: Form) -> None:
     """Pieces of x, twice, then weights, into whatever stage is free."""
     tiling, steps, turns = form.tiling, form.steps, form.steps * form.chunks
-    first, count = share(form.items, tiling.cluster)
+    count = form.items.count()
 
     @pl.loop(0, count)
     def _(n: jax.Array) -> None:
-        item = _item(first, n, form)
+        item = form.items.at(n)
 
         @pl.loop(0, 2 * steps)
         def _(turn: jax.Array) -> None:
             slot = free_slot(2 * n * steps + turn, tiling.pieces, barriers.piece_free)
             for group in range(tiling.warpgroups):
-                _, mine = _rows(item, group, form)
-                source = operands.x.at[item.block, mine, pl.ds(lax.rem(turn, steps) * TILE, TILE)]
+                _, row = form.items.row(item, group)
+                source = operands.x.at[item.block, pl.ds(row, TILE), pl.ds(lax.rem(turn, steps) * TILE, TILE)]
                 plgpu.copy_gmem_to_smem(source, memory.pieces.at[slot, group], barriers.piece_ready.at[slot])
 
         @pl.loop(0, turns)
@@ -120,12 +92,12 @@ def _load(operands: Operands, memory: Memory, barriers: Barriers, form: Form) ->
 
 def _compute(operands: Operands, group: jax.Array, memory: Memory, barriers: Barriers, form: Form) -> None:
     """One warpgroup's 64 rows of every item."""
-    first, count = share(form.items, form.tiling.cluster)
+    count = form.items.count()
 
     @pl.loop(0, count)
     def _(n: jax.Array) -> None:
-        item = _item(first, n, form)
-        inside, mine = _rows(item, group, form)
+        item = form.items.at(n)
+        inside, start = form.items.row(item, group)
         rows = _normed(operands, n, group, memory, barriers, form)
         if form.interpret:  # its `wgmma` takes both operands from shared memory only
             for step, row in enumerate(rows):
@@ -149,7 +121,7 @@ def _compute(operands: Operands, group: jax.Array, memory: Memory, barriers: Bar
 
             @pl.when(inside)
             def _() -> None:
-                _store(memory.out.at[group], operands.outputs, item.block, mine, column, form)
+                _store(memory.out.at[group], operands.outputs, item.block, pl.ds(start, TILE), column, form)
 
     plgpu.wait_smem_to_gmem(0)
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from flame_jax.pallas_kernels.hopper import TILE
+from flame_jax.pallas_kernels.items import Items
 
 
 @dataclass(frozen=True)
@@ -51,19 +52,16 @@ class Form:
         return self.width // TILE
 
     @property
-    def tiles(self) -> int:
-        """Of a cluster's rows, in each of `blocks`."""
-        return -(-self.rows // (TILE * self.tiling.warpgroups * self.tiling.cluster))
-
-    @property
     def chunks(self) -> int:
         """That one item has."""
         return sum(self.sizes) // (self.tiling.chunk * self.tiling.parts)
 
     @property
-    def items(self) -> int:
+    def items(self) -> Items:
         """A tile's rows and one part of the columns."""
-        return self.blocks * self.tiles * self.tiling.parts
+        tiling = self.tiling
+        columns = self.chunks * tiling.chunk
+        return Items(self.blocks, self.rows, tiling.parts, columns, tiling.warpgroups, tiling.cluster)
 
 
 class Memory(NamedTuple):
@@ -94,11 +92,3 @@ class Operands(NamedTuple):
     x: Any
     weights: Any
     outputs: tuple[Any, ...]
-
-
-class Item(NamedTuple):
-    """What is to be done: where it lies in `blocks`, in the rows and in the columns."""
-
-    block: jax.Array
-    row: jax.Array
-    column: jax.Array

@@ -7,11 +7,10 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from flame_jax.pallas_kernels import tuned
-from flame_jax.pallas_kernels.hopper import TILE, interpreter
+from flame_jax.pallas_kernels.hopper import TILE, kernel
 from flame_jax.pallas_kernels.sumi_attention.mosaic_body import body
 from flame_jax.pallas_kernels.sumi_attention.mosaic_form import Form, Tiling
 from flame_jax.pallas_kernels.sumi_attention.schedule import jobs, key_logs
@@ -119,14 +118,6 @@ def tiling_for(shape: Mapping[str, Any], rows: int) -> Tiling:
 @partial(jax.jit, static_argnames="form")
 def _call(operands: list[jax.Array], form: Form) -> jax.Array:
     work, q, *_ = operands
-    call = plgpu.kernel(
-        partial(body, form=form),
-        out_type=jax.ShapeDtypeStruct((*q.shape[:2], form.heads * form.v_dim), form.dtype),
-        grid=(len(work), len(q) * (form.heads // form.together)),
-        grid_names=("job", "stack"),
-        num_threads=form.tiling.warpgroups + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=interpreter(form.interpret),
-    )
-    return call(*operands)
+    out = jax.ShapeDtypeStruct((*q.shape[:2], form.heads * form.v_dim), form.dtype)
+    grid = {"job": len(work), "stack": len(q) * (form.heads // form.together)}
+    return kernel(body, form, out, grid=grid)(*operands)

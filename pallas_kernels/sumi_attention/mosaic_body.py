@@ -20,8 +20,9 @@ from flame_jax.pallas_kernels.hopper import (
     FULL,
     ROW,
     TILE,
-    few_registers,
-    many_registers,
+    by_role,
+    drain,
+    free_slot,
     per_row,
     silu,
     tile_memory,
@@ -104,17 +105,13 @@ def body(*refs: Any, form: Form) -> None:
     )
 
     def work_off(memory: Memory, barriers: _Barriers) -> None:
-        job, group = _job(refs, number, form), lax.axis_index("warpgroup")
-
-        @pl.when(group == w)
-        def _() -> None:
-            few_registers(w, form.interpret)
-            _load(job, memory, barriers, form)
-
-        @pl.when(group < w)
-        def _() -> None:
-            many_registers(w, form.interpret)
-            _compute(job, group, memory, barriers, form)
+        job = _job(refs, number, form)
+        by_role(
+            w,
+            form.interpret,
+            lambda: _load(job, memory, barriers, form),
+            lambda group: _compute(job, group, memory, barriers, form),
+        )
 
     @pl.when(work[number, ROWS] > 0)
     def _() -> None:
@@ -172,12 +169,7 @@ def _load(job: _Job, memory: Memory, barriers: _Barriers, form: Form) -> None:
 
     @pl.loop(0, job.steps)
     def _(step: jax.Array) -> None:
-        slot = lax.rem(step, stages)
-
-        @pl.when(step >= stages)
-        def _() -> None:
-            plgpu.barrier_wait(barriers.consumed.at[slot])
-
+        slot = free_slot(step, stages, barriers.consumed)
         at, k_ready = pl.ds(job.key_start + step * keys, keys), barriers.k_ready.at[slot]
         for i in range(form.together):
             source = job.k.at[job.block, at, _columns(job, i, form.qk_dim)]
@@ -204,9 +196,7 @@ def _load(job: _Job, memory: Memory, barriers: _Barriers, form: Form) -> None:
             for _ in range(form.together):
                 plgpu.barrier_arrive(barriers.v_ready.at[slot])
 
-    @pl.loop(jnp.maximum(job.steps - stages, 0), job.steps)
-    def _(step: jax.Array) -> None:
-        plgpu.barrier_wait(barriers.consumed.at[lax.rem(step, stages)])
+    drain(job.steps, stages, barriers.consumed)
 
 
 def _clear_tail(v: Any, first: jax.Array, form: Form) -> None:

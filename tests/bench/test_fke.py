@@ -162,7 +162,7 @@ def test_mixed_lengths_have_a_row_for_every_form(monkeypatch: pytest.MonkeyPatch
 
 def test_the_ablation_has_every_row_and_scores_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     one, said = inputs(BASE), list[str]()
-    monkeypatch.setattr(ablation, "packed_run", packed)
+    monkeypatch.setattr(passes, "packed_run", packed)
     monkeypatch.setattr(ablation, "jax_runs", baselines)
     runs = ablation.offered(one, ["dense_masked"], jax.devices()[0], said.append)
     passes.compile_together(runs.values())
@@ -212,7 +212,7 @@ def test_least_bytes_are_weights_rows_slot_and_scores() -> None:
 
 def test_forward_passes_take_the_named_baselines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forward, "batch", lambda config, *_: inputs(f"{config}.yaml"))
-    monkeypatch.setattr(forward, "packed_run", packed)
+    monkeypatch.setattr(passes, "packed_run", packed)
     monkeypatch.setattr(forward, "jax_runs", baselines)
     monkeypatch.setattr(forward, "side_by_side", lambda runs, rounds, seconds, wait: side_by_side(runs, 1, 0.001, wait))
     cases, said = [forward.Case("climber_base", 3, 21, 5, 2.0), forward.Case("hstu_dlrmv3", 3, 21, 5, 1.0)], list[str]()

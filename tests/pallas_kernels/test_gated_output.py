@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flame_jax.pallas_kernels import hopper, tuned
+from flame_jax.pallas_kernels import items, tuned
 from flame_jax.pallas_kernels.gated_output import mosaic
 from flame_jax.pallas_kernels.gated_output.api import gated_output
 
@@ -116,7 +116,7 @@ def test_every_way_to_cut_the_work_gives_the_oracles_numbers(data: st.DataObject
     whole, values, first = data.draw(st.booleans()), data.draw(st.sampled_from([64, 192])), data.draw(st.integers(0, 1))
     stack, arrays = weights(random, values, whole=whole), rows(random, count, first * 64, values)
     with pytest.MonkeyPatch.context() as patch:  # so that a thread block has several items
-        patch.setattr(hopper, "MULTIPROCESSORS", data.draw(st.integers(1, 3)))
+        patch.setattr(items, "MULTIPROCESSORS", data.draw(st.integers(1, 3)))
         jax.clear_caches()  # type: ignore[no-untyped-call]
         found = run(arrays, stack, tiling=tiling, first=first * 64)
     np.testing.assert_allclose(found, expected(arrays, stack, 0), rtol=0, atol=0.05)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flame_jax.pallas_kernels import hopper, tuned
+from flame_jax.pallas_kernels import items, tuned
 from flame_jax.pallas_kernels.pre_attention import mosaic
 from flame_jax.pallas_kernels.pre_attention.api import pre_attention
 
@@ -106,7 +106,7 @@ def test_every_way_to_cut_the_work_gives_the_oracles_numbers(data: st.DataObject
     random = np.random.default_rng(data.draw(st.integers(0, 9)))
     stack, x = weights(random, columns=sum(sizes)), rows(random, 64 * data.draw(st.integers(1, 4)))
     with pytest.MonkeyPatch.context() as patch:  # so that a thread block has several items
-        patch.setattr(hopper, "MULTIPROCESSORS", data.draw(st.integers(1, 3)))
+        patch.setattr(items, "MULTIPROCESSORS", data.draw(st.integers(1, 3)))
         jax.clear_caches()  # type: ignore[no-untyped-call]
         found = run(x, stack, tiling=tiling, sizes=sizes)
     assert_matches(found, expected(x, stack, 0, sizes[0]), sizes, 0.04)
