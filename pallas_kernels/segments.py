@@ -36,6 +36,12 @@ def per_row(per_tile: jax.Array, align: int) -> jax.Array:
     return jnp.broadcast_to(per_tile[:, None], shape).reshape(-1, *per_tile.shape[1:])
 
 
+def histories_elsewhere(rows: jax.Array, align: int) -> jax.Array:
+    """Request rows int32[R, 5 + blocks] of a token axis without histories: they end where it begins."""
+    longest = rows[:, HISTORY_LENGTH:].max(axis=1)
+    return rows.at[:, HISTORY_START].set(-(-(-longest // align) * align))
+
+
 def tiles(rows: jax.Array, *, align: int, first: int, last: int) -> Tiles:
     """Describe the tiles of token rows [first, last).
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,10 +12,11 @@ import jax.numpy as jnp
 
 from flame_jax.pallas_kernels import tuned
 from flame_jax.pallas_kernels.hopper import TILE, kernel
+from flame_jax.pallas_kernels.segments import histories_elsewhere
 from flame_jax.pallas_kernels.sumi_attention.mosaic_body import body
 from flame_jax.pallas_kernels.sumi_attention.mosaic_form import Form, Tiling
-from flame_jax.pallas_kernels.sumi_attention.schedule import jobs, key_logs
-from flame_jax.pallas_kernels.sumi_attention.types import Activation, Bias, LogBias, Silu, Softmax, TableBias
+from flame_jax.pallas_kernels.sumi_attention.schedule import jobs, key_logs, page_logs
+from flame_jax.pallas_kernels.sumi_attention.types import Activation, Bias, LogBias, Pages, Silu, Softmax, TableBias
 
 
 def sumi_attention(
@@ -28,6 +30,7 @@ def sumi_attention(
     bias: Bias | None,
     causal: bool,
     align: int,
+    history: Pages | None = None,
     tiling: Tiling | None = None,
     interpret: bool = False,
 ) -> jax.Array:
@@ -37,14 +40,17 @@ def sumi_attention(
         interpret: run on the CPU, slowly.
 
     Raises:
-        ValueError: `misfit` has something against it.
+        ValueError: `misfit` has something against it; a step of `tiling` would not lie in one page.
     """
     _, tokens, heads, qk_dim = k.shape
     v_dim = v.shape[-1]
     if reason := misfit(v.dtype, qk_dim, v_dim, align, bias):
         raise ValueError(f"SUMI attention on Mosaic GPU: {reason}")
     shape = tuned_shape(heads, qk_dim, v_dim, activation, bias, causal)
-    tiling = tiling or tiling_for(shape, q.shape[0] * q.shape[1])
+    page_rows = 0 if history is None else history.page_rows
+    tiling = tiling or _in_page(tiling_for(shape, q.shape[0] * q.shape[1]), page_rows)
+    if page_rows % tiling.keys:
+        raise ValueError(f"SUMI attention on Mosaic GPU: a page of {page_rows} rows is no steps of {tiling.keys} keys")
     form = Form(
         heads=heads,
         together=tiling.heads or most_heads(heads, qk_dim, v_dim),
@@ -53,20 +59,36 @@ def sumi_attention(
         scale=activation.scale if isinstance(activation, Silu) else None,
         divisor=activation.divisor if isinstance(activation, Silu) else 1.0,
         biased=isinstance(bias, LogBias),
-        causal=causal,
+        causal=causal and not page_rows,
         align=align,
         first=tokens - q.shape[1],
         dtype=v.dtype,
         tiling=tiling,
         interpret=interpret,
+        page_rows=page_rows,
     )
-    work = jobs(rows, align=align, first=form.first, last=tokens, size=TILE * tiling.warpgroups)
-    operands = [work, *(x.reshape(*x.shape[:2], -1) for x in (q, k, v))]
+    cut = rows if history is None else histories_elsewhere(rows, align)
+    work = jobs(cut, align=align, first=form.first, last=tokens, size=TILE * tiling.warpgroups)
+    operands = [work, *map(_flat, (q, k, v))]
     if isinstance(activation, Softmax):
         operands += _stacked(activation.temperature, activation.layer)
     if isinstance(bias, LogBias):
-        operands += [*_stacked(bias.coefficients, bias.layer), time, key_logs(rows, time, align=align)]
+        operands += [*_stacked(bias.coefficients, bias.layer), *_distances(rows, time, history, align)]
+    if history is not None:
+        operands += [history.table, *map(_flat, (history.k, history.v))]
     return _call(operands, form).reshape(*q.shape[:3], v_dim)
+
+
+def _flat(x: jax.Array) -> jax.Array:
+    """[blocks, ..., heads, dim] -> [blocks, rows, heads * dim]; pages follow each other."""
+    return x.reshape(len(x), -1, x.shape[-2] * x.shape[-1])
+
+
+def _distances(rows: jax.Array, time: jax.Array, history: Pages | None, align: int) -> list[jax.Array]:
+    """What the log bias reads of histories: times, for history rows, of which there are none with pages; logarithms."""
+    if history is None:
+        return [time, key_logs(rows, time, align=align)]
+    return [page_logs(rows, history.table, history.times)]
 
 
 def _stacked(numbers: jax.Array, layer: int | None) -> list[jax.Array]:
@@ -112,6 +134,11 @@ def tiling_for(shape: Mapping[str, Any], rows: int) -> Tiling:
     if found := tuned.best("sumi_attention", shape, rows):
         return Tiling(**found)
     return Tiling(warpgroups=1 if max(shape["qk_dim"], shape["v_dim"]) > 128 else 2)
+
+
+def _in_page(tiling: Tiling, page_rows: int) -> Tiling:
+    """With steps that lie in one page each."""
+    return tiling if page_rows % tiling.keys == 0 else replace(tiling, keys=TILE)
 
 
 # Layers differ in operands only, so that a stack of them is lowered once.

@@ -40,6 +40,7 @@ from flame_jax.pallas_kernels.sumi_attention.schedule import (
     FIRST_ROW,
     IS_HISTORY,
     JOB_LENGTH,
+    JOB_REQUEST,
     JOB_SCENARIO,
     KEY_START,
     POSITION,
@@ -57,7 +58,14 @@ class _Barriers(NamedTuple):
 
 
 class _Job(NamedTuple):
-    """What is to be done: scalars, and the operands in global memory."""
+    """What is to be done: scalars, and the operands in global memory.
+
+    Attributes:
+        key_start: row of the request's first key, in `key_log` and, unless they lie in pages, in `keys` and `values`.
+        pages: of the request's history, in order; None where they lie among the token rows.
+        k, v: of token rows.
+        keys, values: of histories.
+    """
 
     block: jax.Array
     head: jax.Array
@@ -72,6 +80,9 @@ class _Job(NamedTuple):
     q: Any
     k: Any
     v: Any
+    pages: Any
+    keys: Any
+    values: Any
     temperature: Any
     coefficients: Any
     time: Any
@@ -90,15 +101,15 @@ def body(*refs: Any, form: Form) -> None:
         own_v=tiles(w, n, rows=TILE, width=form.v_dim),
         k=tiles(s, n, rows=keys, width=form.qk_dim),
         v=tiles(s, n, rows=keys, width=form.v_dim),
-        own_time=plgpu.SMEM((w, TILE), jnp.int32) if form.biased else None,
-        key_time=plgpu.SMEM((s, keys), jnp.int32) if form.biased else None,
+        own_time=plgpu.SMEM((w, TILE), jnp.int32) if form.timed else None,
+        key_time=plgpu.SMEM((s, keys), jnp.int32) if form.timed else None,
         key_log=plgpu.SMEM((s, 2, keys), jnp.float32) if form.biased else None,
         weights=tiles(w, rows=TILE, width=keys) if form.interpret else None,
     )
     barriers = _Barriers(
-        q_ready=plgpu.Barrier(num_arrivals=n + form.biased, num_barriers=w),
+        q_ready=plgpu.Barrier(num_arrivals=n + form.timed, num_barriers=w),
         own_ready=plgpu.Barrier(num_arrivals=2 * n, num_barriers=w),
-        k_ready=plgpu.Barrier(num_arrivals=n + 2 * form.biased, num_barriers=s),
+        k_ready=plgpu.Barrier(num_arrivals=n + form.biased + form.timed, num_barriers=s),
         v_ready=plgpu.Barrier(num_arrivals=n, num_barriers=s),
         tail_ready=plgpu.Barrier(num_arrivals=n),
         consumed=plgpu.Barrier(num_arrivals=w, num_barriers=s),
@@ -122,11 +133,17 @@ def _job(refs: tuple[Any, ...], number: jax.Array, form: Form) -> _Job:
     work, q, k, v, *rest, out = refs
     temperature = _own_layer(rest) if form.softmax else None
     coefficients = _own_layer(rest) if form.biased else None
-    time, key_log = rest if form.biased else (None, None)
+    time = rest.pop(0) if form.timed else None
+    key_log = rest.pop(0) if form.biased else None
+    table, keys, values = rest if form.page_rows else (None, k, v)
     stack, groups = lax.axis_index("stack"), form.heads // form.together
     block = lax.div(stack, groups)
     rows, position, length = work[number, ROWS], work[number, POSITION], work[number, JOB_LENGTH + block]
     is_history = work[number, IS_HISTORY] > 0
+    pages, key_start = None, pl.multiple_of(work[number, KEY_START], form.align)
+    if table is not None:
+        request = work[number, JOB_REQUEST]
+        pages, key_start = table.at[request], request * (table.shape[1] * form.page_rows)
     seen = length
     if form.causal:
         seen = jnp.where(is_history, jnp.minimum(length, position + rows), length)
@@ -135,7 +152,7 @@ def _job(refs: tuple[Any, ...], number: jax.Array, form: Form) -> _Job:
         head=lax.rem(stack, groups) * form.together,
         row=pl.multiple_of(work[number, FIRST_ROW], form.align),
         rows=rows,
-        key_start=pl.multiple_of(work[number, KEY_START], form.align),
+        key_start=key_start,
         position=position,
         is_history=is_history,
         length=length,
@@ -144,6 +161,9 @@ def _job(refs: tuple[Any, ...], number: jax.Array, form: Form) -> _Job:
         q=q,
         k=k,
         v=v,
+        pages=pages,
+        keys=keys,
+        values=values,
         temperature=temperature,
         coefficients=coefficients,
         time=time,
@@ -169,19 +189,22 @@ def _load(job: _Job, memory: Memory, barriers: _Barriers, form: Form) -> None:
 
     @pl.loop(0, job.steps)
     def _(step: jax.Array) -> None:
+        at = pl.ds(_first_key(job, step, form), keys)  # before it waits: a page's number takes its time to come
         slot = free_slot(step, stages, barriers.consumed)
-        at, k_ready = pl.ds(job.key_start + step * keys, keys), barriers.k_ready.at[slot]
+        k_ready = barriers.k_ready.at[slot]
         for i in range(form.together):
-            source = job.k.at[job.block, at, _columns(job, i, form.qk_dim)]
+            source = job.keys.at[job.block, at, _columns(job, i, form.qk_dim)]
             plgpu.copy_gmem_to_smem(source, memory.k.at[slot, i], k_ready)
-        if form.biased:
+        if form.timed:
             plgpu.copy_gmem_to_smem(job.time.at[job.block, at], memory.key_time.at[slot], k_ready)
-            plgpu.copy_gmem_to_smem(job.key_log.at[job.block, :, at], memory.key_log.at[slot], k_ready)
+        if form.biased:
+            logs = job.key_log.at[job.block, :, pl.ds(job.key_start + step * keys, keys)]
+            plgpu.copy_gmem_to_smem(logs, memory.key_log.at[slot], k_ready)
         whole = (step + 1) * keys <= job.length
 
         def load_values(ready: Any) -> None:
             for i in range(form.together):
-                source = job.v.at[job.block, at, _columns(job, i, form.v_dim)]
+                source = job.values.at[job.block, at, _columns(job, i, form.v_dim)]
                 plgpu.copy_gmem_to_smem(source, memory.v.at[slot, i], ready)
 
         @pl.when(whole)
@@ -197,6 +220,15 @@ def _load(job: _Job, memory: Memory, barriers: _Barriers, form: Form) -> None:
                 plgpu.barrier_arrive(barriers.v_ready.at[slot])
 
     drain(job.steps, stages, barriers.consumed)
+
+
+def _first_key(job: _Job, step: jax.Array, form: Form) -> jax.Array:
+    """Row of the step's first key in `keys` and `values`. A step lies in one page."""
+    key = step * form.tiling.keys
+    if job.pages is None:
+        return job.key_start + key
+    page = job.pages[lax.div(key, form.page_rows)]
+    return pl.multiple_of(page * form.page_rows + lax.rem(key, form.page_rows), form.tiling.keys)
 
 
 def _clear_tail(v: Any, first: jax.Array, form: Form) -> None:
@@ -233,7 +265,7 @@ def _compute(job: _Job, group: jax.Array, memory: Memory, barriers: _Barriers, f
         state = lax.fori_loop(0, whole, one(False), state)
         return lax.fori_loop(whole, job.steps, one(True), state)
 
-    if form.biased or form.causal:
+    if form.timed or form.causal:
         state = lax.cond(job.is_history, partial(all_steps, True), partial(all_steps, False), state)
     else:
         state = all_steps(False, state)
@@ -250,7 +282,7 @@ def _load_own(job: _Job, group: jax.Array, alone: jax.Array, memory: Memory, bar
     for i in range(form.together):
         source = job.q.at[job.block, pl.ds(row, TILE), _columns(job, i, form.qk_dim)]
         plgpu.copy_gmem_to_smem(source, memory.q.at[group, i], ready)
-    if form.biased:
+    if form.timed:
         plgpu.copy_gmem_to_smem(job.time.at[job.block, own], memory.own_time.at[group], ready)
 
     @pl.when(alone)

@@ -34,6 +34,7 @@ class Form:
         together: heads of one thread block.
         scale: of SiLU attention; None for softmax.
         first: token row of the first query row.
+        page_rows: of the pages that histories lie in; 0 where they lie among the token rows.
     """
 
     heads: int
@@ -49,11 +50,17 @@ class Form:
     dtype: Any
     tiling: Tiling
     interpret: bool
+    page_rows: int = 0
 
     @property
     def softmax(self) -> bool:
         """Whether weights add up to one."""
         return self.scale is None
+
+    @property
+    def timed(self) -> bool:
+        """Whether there are history rows that a bias needs the logarithms of, pair by pair."""
+        return self.biased and not self.page_rows
 
 
 class Memory(NamedTuple):
@@ -64,7 +71,7 @@ class Memory(NamedTuple):
     own_v: Any  # [w, n, 64, v_dim], then the result
     k: Any  # [s, n, keys, qk_dim]
     v: Any  # [s, n, keys, v_dim]
-    own_time: Any  # int32[w, 64], with a bias
-    key_time: Any  # int32[s, keys], with a bias
+    own_time: Any  # int32[w, 64], where timed
+    key_time: Any  # int32[s, keys], where timed
     key_log: Any  # float32[s, 2, keys], with a bias
     weights: Any  # [w, 64, keys], in the interpreter: it takes both operands from shared memory only

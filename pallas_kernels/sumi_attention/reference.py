@@ -6,13 +6,14 @@ in the batch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from flame_jax.pallas_kernels.segments import Tiles, tiles
-from flame_jax.pallas_kernels.sumi_attention.types import Activation, Bias, LogBias, Softmax, TableBias
+from flame_jax.pallas_kernels.segments import Tiles, histories_elsewhere, tiles
+from flame_jax.pallas_kernels.sumi_attention.types import Activation, Bias, LogBias, Pages, Softmax, TableBias
 from flame_jax.pallas_kernels.time_buckets import log_bucket
 
 MASKED = -1e30
@@ -40,6 +41,10 @@ class _Queries(NamedTuple):
     in_history: jax.Array
 
 
+Window = Callable[[Tiles], tuple[jax.Array, ...]]
+"""Of a tile's request `window` rows of keys, values and times, [blocks, window, ...] each: its own come first."""
+
+
 def sumi_attention(
     q: jax.Array,
     k: jax.Array,
@@ -53,13 +58,17 @@ def sumi_attention(
     align: int,
     window: int,
     tiles_at_once: int,
+    history: Pages | None = None,
 ) -> jax.Array:
     """See `api.sumi_attention`."""
     blocks, tokens = k.shape[:2]
     first = tokens - q.shape[1]
-    # Rows beyond the end, so that a window and a successor always lie inside.
-    k_padded, v_padded = (jnp.pad(x, ((0, 0), (0, window), (0, 0), (0, 0))) for x in (k, v))
-    time_padded = jnp.pad(time, ((0, 0), (0, window)))
+    if history is None:
+        window_of = _in_rows(k, v, time, window)
+    else:
+        window, rows = min(window, history.capacity), histories_elsewhere(rows, align)
+        window_of = _in_pages(history, bias, window)
+    time_padded = jnp.pad(time, ((0, 0), (0, 1)))  # the last row, too, is cut out with a successor
 
     def one_tile(tile: Tiles) -> jax.Array:
         def part(x: jax.Array, start: jax.Array, size: int) -> jax.Array:
@@ -82,13 +91,13 @@ def sumi_attention(
         )
         position = jnp.arange(window, dtype=jnp.int32)
         of_request = position < length
-        values = part(v_padded, tile.history_start, window)
+        k_window, v_window, time_window = window_of(tile)
         keys = _Keys(
-            k=part(k_padded, tile.history_start, window),
+            k=k_window,
             # The window runs on into other requests' rows: a weight of 0 would not silence a NaN there.
-            v=jnp.where(of_request[:, :, None, None], values, 0),
+            v=jnp.where(of_request[:, :, None, None], v_window, 0),
             position=position,
-            time=part(time_padded, tile.history_start, window),
+            time=time_window,
         )
         seen = jnp.broadcast_to(of_request[:, None, :], (blocks, align, window))
         if causal:
@@ -98,6 +107,27 @@ def sumi_attention(
     batch_size = tiles_at_once if tiles_at_once > 1 else None
     out = jax.lax.map(one_tile, tiles(rows, align=align, first=first, last=tokens), batch_size=batch_size)
     return jnp.moveaxis(out, 0, 1).reshape(blocks, q.shape[1], *v.shape[2:])
+
+
+def _in_rows(k: jax.Array, v: jax.Array, time: jax.Array, window: int) -> Window:
+    """Histories among the token rows."""
+    # Rows beyond the end, so that a window always lies inside.
+    padded = [jnp.pad(x, ((0, 0), (0, window), *[(0, 0)] * (x.ndim - 2))) for x in (k, v, time)]
+
+    def window_of(tile: Tiles) -> tuple[jax.Array, ...]:
+        return tuple(jax.lax.dynamic_slice_in_dim(x, tile.history_start, window, axis=1) for x in padded)
+
+    return window_of
+
+
+def _in_pages(history: Pages, bias: Bias | None, window: int) -> Window:
+    time = jnp.zeros(history.k.shape[:3], jnp.int32) if bias is None else history.times
+
+    def window_of(tile: Tiles) -> tuple[jax.Array, ...]:
+        gathered = [x[:, history.table[tile.request]] for x in (history.k, history.v, time)]
+        return tuple(x.reshape(len(x), -1, *x.shape[3:])[:, :window] for x in gathered)
+
+    return window_of
 
 
 def _attend(

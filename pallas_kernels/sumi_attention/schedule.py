@@ -16,7 +16,7 @@ from flame_jax.packing import (
 from flame_jax.pallas_kernels.segments import per_row
 
 # Columns of a job. One history length per block follows.
-FIRST_ROW, ROWS, KEY_START, POSITION, IS_HISTORY, JOB_SCENARIO, JOB_LENGTH = range(7)
+FIRST_ROW, ROWS, KEY_START, POSITION, IS_HISTORY, JOB_SCENARIO, JOB_REQUEST, JOB_LENGTH = range(8)
 
 
 def jobs(rows: jax.Array, *, align: int, first: int, last: int, size: int) -> jax.Array:
@@ -26,12 +26,14 @@ def jobs(rows: jax.Array, *, align: int, first: int, last: int, size: int) -> ja
     candidates without a history, so that a kernel writes something finite there.
 
     Args:
-        rows: int32[R, 5 + blocks], the request rows of the packed layout; an unused row holds zeros.
+        rows: int32[R, 5 + blocks], the request rows of the packed layout; an unused row holds zeros. Where histories
+            lie in pages, those of `segments.histories_elsewhere`: then all jobs are of candidates.
         align: the layout's alignment; `first`, `last` and `size` are multiples of it.
 
     Returns:
-        int32[jobs, 6 + blocks]: first row, counted from `first`; rows, 0 for an unused job; first key row of the
-        request; position of the first row in its history; whether it lies in the history; scenario; keys per block.
+        int32[jobs, 7 + blocks]: first row, counted from `first`; rows, 0 for an unused job; first key row of the
+        request; position of the first row in its history; whether it lies in the history; scenario; the request's
+        number; keys per block.
     """
     lengths = rows[:, HISTORY_LENGTH:]
     used = rows[:, CANDIDATE_COUNT] > 0
@@ -52,6 +54,8 @@ def jobs(rows: jax.Array, *, align: int, first: int, last: int, size: int) -> ja
     key_start = parts(begin, begin, nobody)
     scenario = parts(rows[:, SCENARIO], rows[:, SCENARIO], nobody)
     is_history = parts(jnp.ones_like(begin), jnp.zeros_like(begin), nobody)
+    each = jnp.arange(len(rows), dtype=jnp.int32)
+    request = parts(each, each, nobody)
     lengths = jnp.concatenate([lengths, lengths, jnp.zeros_like(lengths[:1])])
 
     # All pairs of parts, and of jobs and parts, are few: comparing them is one small program where scans are many.
@@ -60,13 +64,14 @@ def jobs(rows: jax.Array, *, align: int, first: int, last: int, size: int) -> ja
     ends = jnp.where(order[:, None] >= order, tiles, 0).sum(axis=1)
     number = jnp.arange(limit(last - first, len(rows), align, size), dtype=jnp.int32)
     part = jnp.minimum((number[:, None] >= ends).sum(axis=1), len(tiles) - 1)
-    columns = jnp.stack([start, count, key_start, is_history, scenario, ends - tiles], axis=1)
+    columns = jnp.stack([start, count, key_start, is_history, scenario, request, ends - tiles], axis=1)
     chosen = jnp.concatenate([columns, lengths], axis=1)[part]
-    begin, count, key_start, is_history, scenario, before = chosen[:, :6].T
+    begin, count, key_start, is_history, scenario, request, before = chosen[:, :7].T
     offset = (number - before) * size
     row = begin + offset
-    fields = [row - first, jnp.clip(count - offset, 0, size), key_start, row - key_start, is_history, scenario]
-    return jnp.concatenate([jnp.stack(fields, axis=1), chosen[:, 6:]], axis=1).astype(jnp.int32)
+    count, position = jnp.clip(count - offset, 0, size), row - key_start
+    fields = [row - first, count, key_start, position, is_history, scenario, request]
+    return jnp.concatenate([jnp.stack(fields, axis=1), chosen[:, 7:]], axis=1).astype(jnp.int32)
 
 
 def limit(rows: int, requests: int, align: int, size: int) -> int:
@@ -92,6 +97,27 @@ def key_logs(rows: jax.Array, time: jax.Array, *, align: int) -> jax.Array:
     position = jnp.arange(tokens, dtype=jnp.int32) - per_row(rows[request, HISTORY_START], align)
     ahead = per_row(lengths[request], align).T - position
     age = per_row(rows[request, REQUEST_TIME], align) - time
+    return _logs(ahead, age)
+
+
+def page_logs(rows: jax.Array, table: jax.Array, time: jax.Array) -> jax.Array:
+    """`key_logs` of histories in pages, request by request: two of them may share a page, and see it from other times.
+
+    Args:
+        table: int32[R, max_pages].
+        time: int32[blocks, pages, page_rows].
+
+    Returns:
+        float32[blocks, 2, R * max_pages * page_rows].
+    """
+    own = time[:, table].reshape(len(time), len(rows), -1)
+    ahead = rows[:, HISTORY_LENGTH:].T[:, :, None] - jnp.arange(own.shape[2], dtype=jnp.int32)
+    logs = _logs(ahead, rows[:, REQUEST_TIME, None] - own)
+    return logs.reshape(*logs.shape[:2], -1)
+
+
+def _logs(ahead: jax.Array, age: jax.Array) -> jax.Array:
+    """float32[blocks, 2, ...] of int32[blocks, ...]."""
     return jnp.log2(1.0 + jnp.abs(jnp.stack([ahead, age], axis=1)).astype(jnp.float32))
 
 

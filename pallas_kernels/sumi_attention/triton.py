@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from flame_jax.pallas_kernels.sumi_attention import reference, schedule
-from flame_jax.pallas_kernels.sumi_attention.types import Activation, Bias, LogBias, Silu, Softmax, TableBias
+from flame_jax.pallas_kernels.sumi_attention.types import Activation, Bias, LogBias, Pages, Silu, Softmax, TableBias
 from flame_jax.pallas_kernels.time_buckets import LOG_THRESHOLDS, LOG_WIDTH
 
 # A Triton kernel reads globals of this type only.
@@ -60,6 +60,7 @@ def sumi_attention(
     bias: Bias | None,
     causal: bool,
     align: int,
+    history: Pages | None = None,
     tiling: Tiling | None = None,
     compute_capability: int | None = None,
 ) -> jax.Array:
@@ -68,7 +69,12 @@ def sumi_attention(
     Args:
         tiling: `queries` is a multiple of `align`.
         compute_capability: 90 for an H100; by default that of this machine's GPU, so one must be there.
+
+    Raises:
+        ValueError: a history in pages; `tiling` does not fit the alignment.
     """
+    if history is not None:
+        raise ValueError("a history in pages is for the reference and for Mosaic GPU only, not for Triton")
     blocks, tokens, heads, qk_dim = k.shape
     queries, v_dim = q.shape[1], v.shape[-1]
     tiling = tiling or Tiling()

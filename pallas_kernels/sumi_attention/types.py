@@ -1,4 +1,4 @@
-"""What varies between SUMI attentions: how logits become weights, and what is added to them."""
+"""What varies between SUMI attentions: how logits become weights, what is added to them, and where histories lie."""
 
 from __future__ import annotations
 
@@ -67,6 +67,46 @@ class TableBias(NamedTuple):
 
     position: jax.Array
     time: jax.Array
+
+
+PAGE_MULTIPLE = 64
+"""Rows of a page are a multiple of this, and of the keys that a kernel takes in one step."""
+
+
+class Pages(NamedTuple):
+    """Keys and values of histories in a pool of pages; one page may serve several requests.
+
+    What lies in pages that no request needs, and in rows of a page beyond a history's end, reaches no result.
+
+    Attributes:
+        k: [blocks, pages, page_rows, heads, dqk], page_rows a multiple of `PAGE_MULTIPLE`.
+        v: [blocks, pages, page_rows, heads, dv].
+        table: int32[R, max_pages], the pages of each request's history in order, the same for every block; entries
+            that a history does not reach mean nothing, but are numbers of pages.
+        time: int32[blocks, pages, page_rows], seconds; None where no bias reads them.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    table: jax.Array
+    time: jax.Array | None = None
+
+    @property
+    def times(self) -> jax.Array:
+        """`time`. Raises ValueError where there is none."""
+        if self.time is None:
+            raise ValueError("a bias reads the times of the history, and its pages have none")
+        return self.time
+
+    @property
+    def page_rows(self) -> int:
+        """Rows of a page."""
+        return int(self.k.shape[2])
+
+    @property
+    def capacity(self) -> int:
+        """Rows of the longest history that the table has room for."""
+        return int(self.table.shape[1]) * self.page_rows
 
 
 Activation = Softmax | Silu

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flame_jax.packing import Bucket, Extent, Layout, place
+from flame_jax.pallas_kernels.segments import histories_elsewhere
 from flame_jax.pallas_kernels.sumi_attention import schedule
-from flame_jax.pallas_kernels.sumi_attention.schedule import jobs, key_logs
+from flame_jax.pallas_kernels.sumi_attention.schedule import jobs, key_logs, page_logs
 
 BLOCKS = 2
 extents = st.lists(st.tuples(st.integers(0, 200), st.integers(1, 200)), max_size=5)
@@ -41,20 +42,30 @@ def table(
     return rows, bucket
 
 
+def without_histories(rows: np.ndarray, bucket: Bucket, align: int) -> tuple[np.ndarray, Bucket]:
+    """The same requests' candidates alone, with histories in pages."""
+    rows = rows.copy()
+    rows[:, 0] = 0
+    rows[rows[:, 2] > 0, 1] -= bucket.tokens - bucket.candidates
+    return np.asarray(histories_elsewhere(jnp.asarray(rows), align)), Bucket(*[bucket.candidates] * 2)
+
+
 @settings(deadline=None, max_examples=30)
 @given(
     shapes=extents,
     align=st.sampled_from([16, 64]),
     warpgroups=st.integers(1, 3),
     slack=st.tuples(st.integers(1, 4), st.integers(0, 4)),
-    tail=st.booleans(),
+    queries=st.sampled_from(["all", "candidates", "candidates of pages"]),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_every_row_belongs_to_the_one_job_that_its_request_says(
-    shapes: list[tuple[int, int]], align: int, warpgroups: int, slack: tuple[int, int], tail: bool, seed: int
+    shapes: list[tuple[int, int]], align: int, warpgroups: int, slack: tuple[int, int], queries: str, seed: int
 ) -> None:
     rows, bucket = table(shapes, align, slack, np.random.default_rng(seed))
-    first, size = (bucket.tokens - bucket.candidates if tail else 0), 64 * warpgroups
+    if queries == "candidates of pages":
+        rows, bucket = without_histories(rows, bucket, align)
+    first, size = (0 if queries == "all" else bucket.tokens - bucket.candidates), 64 * warpgroups
     found = np.asarray(jobs(jnp.asarray(rows), align=align, first=first, last=bucket.tokens, size=size))
     owner = np.full(bucket.tokens, -1)
     for number, (start, count, *_) in enumerate(found):
@@ -64,7 +75,7 @@ def test_every_row_belongs_to_the_one_job_that_its_request_says(
         owner[at] = number
     assert (owner[first:] >= 0).all()
     layout = Layout(align=align, max_requests=len(rows))
-    for row in rows[rows[:, 2] > 0]:
+    for number, row in enumerate(rows[: len(shapes)]):
         history, candidates, count, scenario, _, *lengths = row.tolist()
         parts = [(history, layout.aligned(max(lengths)), 1), (candidates, layout.aligned(count), 0)]
         for begin, length, is_history in parts:
@@ -73,7 +84,7 @@ def test_every_row_belongs_to_the_one_job_that_its_request_says(
                 position = job[schedule.POSITION] + token - first - job[schedule.FIRST_ROW]
                 assert position == token - history
                 assert job[schedule.KEY_START] == history
-                assert job[schedule.IS_HISTORY : schedule.JOB_LENGTH] == [is_history, scenario]
+                assert job[schedule.IS_HISTORY : schedule.JOB_LENGTH] == [is_history, scenario, number]
                 assert job[schedule.JOB_LENGTH :] == lengths
     used = {n for row in rows for n in _owners(owner, row, layout, first)}
     for number in set(owner[first:].tolist()) - used:  # rows between histories and candidates
@@ -108,3 +119,17 @@ def test_what_candidates_read_of_the_history() -> None:
                 assert far == pytest.approx(math.log2(1 + length - position), rel=1e-6)
                 age = abs(request_time - int(time[block, history + position]))
                 assert old == pytest.approx(math.log2(1 + age), rel=1e-6)
+
+
+def test_what_candidates_read_of_a_history_in_pages() -> None:
+    random = np.random.default_rng(2)
+    rows, _ = table([(70, 3), (40, 20), (0, 1)], 16, (1, 1), random)
+    pages, time = random.integers(0, 4, (len(rows), 2)), random.integers(0, 2**31 - 1, (BLOCKS, 4, 64))
+    found = np.asarray(page_logs(*(jnp.asarray(x, jnp.int32) for x in (rows, pages, time))))
+    assert found.shape == (BLOCKS, 2, len(rows) * 128)
+    for number, (*_, request_time, first, second) in enumerate(rows.tolist()):
+        for block, length in enumerate((first, second)):
+            for position in range(length):
+                far, old = found[block, :, 128 * number + position]
+                age = abs(request_time - int(time[block, pages[number, position // 64], position % 64]))
+                assert (far, old) == pytest.approx((math.log2(1 + length - position), math.log2(1 + age)), rel=1e-6)

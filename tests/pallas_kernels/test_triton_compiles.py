@@ -15,7 +15,7 @@ import pytest
 from jax.experimental import serialize_executable
 
 from flame_jax.fke.device import described_device
-from flame_jax.pallas_kernels.sumi_attention.types import Bias, LogBias, Silu, Softmax, TableBias
+from flame_jax.pallas_kernels.sumi_attention.types import Bias, LogBias, Pages, Silu, Softmax, TableBias
 
 ROOT = Path(__file__).parents[2]
 PLUGIN = ROOT / ".cross"
@@ -84,6 +84,18 @@ def test_the_kernel_compiles_for_a_gpu_that_is_not_here(name: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count('custom_call_target="triton_kernel_call_ffi"') == 1
+
+
+def test_a_history_in_pages_is_refused() -> None:
+    pytest.importorskip("jax_triton")
+    from flame_jax.pallas_kernels.sumi_attention.triton import sumi_attention
+
+    x, rows = jnp.zeros((1, 64, 1, 64), jnp.bfloat16), jnp.zeros((1, 6), jnp.int32)
+    pool = jnp.zeros((1, 1, 64, 1, 64), jnp.bfloat16)
+    history = Pages(pool, pool, jnp.zeros((1, 1), jnp.int32))
+    about: dict[str, Any] = {"bias": None, "causal": True, "align": 64, "history": history}
+    with pytest.raises(ValueError, match="not for Triton"):
+        sumi_attention(x, x, x, rows, jnp.zeros((1, 64), jnp.int32), activation=Silu(1, 1), **about)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""HSTU's row-wise kernels compile for an H100 at the size that counts; needs the CUDA plugin (`make cross`), no GPU."""
+"""HSTU's row-wise kernels and paged attention compile for an H100; needs the CUDA plugin (`make cross`), no GPU."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,25 @@ from jax.experimental import serialize_executable
 from flame_jax.fke.device import described_device
 from flame_jax.pallas_kernels.gated_output import mosaic as gated
 from flame_jax.pallas_kernels.pre_attention import mosaic as pre
+from flame_jax.pallas_kernels.sumi_attention.api import sumi_attention
+from flame_jax.pallas_kernels.sumi_attention.types import Bias, LogBias, Pages, Silu, Softmax
 
 ROOT = Path(__file__).parents[2]
 PLUGIN = ROOT / ".cross"
 LAYERS, TOKENS, WIDTH = 5, 3072, 512
 
 
-def executables() -> list[jax.stages.Compiled]:
-    """Of both kernels, with the block sizes that are taken without a measurement for many rows and for few."""
-    sharding = jax.sharding.SingleDeviceSharding(described_device("h100"))
+@cache
+def sharding() -> jax.sharding.Sharding:
+    return jax.sharding.SingleDeviceSharding(described_device("h100"))
 
-    def array(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)  # type: ignore[no-untyped-call]
+
+def array(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding())  # type: ignore[no-untyped-call]
+
+
+def row_wise() -> list[jax.stages.Compiled]:
+    """Of both kernels, with the block sizes that are taken without a measurement for many rows and for few."""
 
     def vectors(*names: str, size: int = WIDTH) -> dict[str, Any]:
         return {name: array(LAYERS, size, dtype=jnp.float32) for name in names}
@@ -55,18 +63,36 @@ def executables() -> list[jax.stages.Compiled]:
     ]
 
 
+def with_pages(softmax: bool) -> jax.stages.Compiled:
+    """Of Climber's attention and of HSTU's, candidates alone, with the block sizes measured for packed rows."""
+    blocks, heads, dim = (2, 2, 64) if softmax else (1, 4, 128)
+
+    def attention(*arrays: jax.Array, history: Pages, temperature: jax.Array | None, bias: Bias | None) -> jax.Array:
+        activation = Silu(dim**-0.5, 32.0) if temperature is None else Softmax(temperature)
+        about: Any = {"bias": bias, "causal": not softmax, "align": 64, "window": 1024, "history": history}
+        return sumi_attention(*arrays, activation=activation, implementation="mosaic", **about)
+
+    pool, tokens = array(blocks, 40, 128, heads, dim), array(blocks, TOKENS, heads, dim)
+    numbers = {"dtype": jnp.int32}
+    history = Pages(pool, pool, array(8, 8, **numbers), array(blocks, 40, 128, **numbers) if softmax else None)
+    arrays = tokens, tokens, tokens, array(8, 5 + blocks, **numbers), array(blocks, TOKENS, **numbers)
+    temperature = array(blocks, 1, heads, dtype=jnp.float32) if softmax else None
+    bias = LogBias(array(blocks, 1, heads, 3, dtype=jnp.float32)) if softmax else None
+    return jax.jit(attention).lower(*arrays, history=history, temperature=temperature, bias=bias).compile()
+
+
 @pytest.mark.skipif(not (PLUGIN / "jax_plugins").is_dir(), reason="`make cross` was not run")
 def test_they_compile_for_a_gpu_that_is_not_here() -> None:
     path = os.pathsep.join([str(ROOT), str(PLUGIN), *sys.path])
     environment = os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
     environment.pop("TF_CPP_MIN_LOG_LEVEL", None)  # JAX has set it in this process
-    command = [sys.executable, "-m", "tests.pallas_kernels.test_row_wise_compiles"]
+    command = [sys.executable, "-m", "tests.pallas_kernels.test_mosaic_compiles"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["mosaic"] * 4
+    assert done.stdout.split() == ["mosaic"] * 6
 
 
 if __name__ == "__main__":
-    for executable in executables():
+    for executable in (*row_wise(), with_pages(softmax=True), with_pages(softmax=False)):
         assert serialize_executable.serialize(executable)[0]
         print("mosaic" if "mosaic_gpu" in str(executable.as_text()) else "none")
