@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,9 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.fke import oracle
+from bench.fke import oracle, pages
 from bench.fke.cases import following, hstu_weights, layer_weights
-from flame_jax.packing import CANDIDATE_START, REQUEST_TIME, Bucket, Extent, Layout, place
+from flame_jax.packing import (
+    CANDIDATE_START,
+    HISTORY_LENGTH,
+    HISTORY_START,
+    REQUEST_TIME,
+    Bucket,
+    Extent,
+    Layout,
+    place,
+)
 from flame_jax.pallas_kernels.gated_output import api as gated_output_api
 from flame_jax.pallas_kernels.gated_output import mosaic as gated_output
 from flame_jax.pallas_kernels.post_attention import api as post_attention_api
@@ -20,7 +29,7 @@ from flame_jax.pallas_kernels.post_attention import mosaic as post_attention
 from flame_jax.pallas_kernels.pre_attention import api as pre_attention_api
 from flame_jax.pallas_kernels.pre_attention import mosaic as pre_attention
 from flame_jax.pallas_kernels.sumi_attention import mosaic as sumi_attention
-from flame_jax.pallas_kernels.sumi_attention.types import LogBias, Silu, Softmax
+from flame_jax.pallas_kernels.sumi_attention.types import LogBias, Pages, Silu, Softmax
 
 LAYOUT, BUCKET, SCENARIOS = Layout(align=64, max_requests=64), Bucket(8192, 4096), 3
 TOLERANCE = {0.99: 0.01, 1.0: 0.06}
@@ -54,6 +63,14 @@ ATTENTIONS = [
     Attention("wide heads", 1, 1, 256, 256, softmax=False, bias=False, causal=True),
 ]
 
+PAGED = [
+    Attention("climber, pages", 2, 2, 64, 64, softmax=True, bias=True, causal=False),
+    Attention("hstu, pages", 1, 4, 128, 128, softmax=False, bias=False, causal=True),
+]
+"""With histories in pages."""
+LONGEST = 1024
+"""Rows of history that `tables` gives a request at most."""
+
 
 def tables(random: np.random.Generator) -> Iterator[tuple[str, list[Extent]]]:
     """Batches: what each of them is, and its requests."""
@@ -73,6 +90,8 @@ def check(report: Report, seed: int = 0) -> None:
     """Report every check, of the block sizes that are served, by name and outcome."""
     for attention in ATTENTIONS:
         _guarded(partial(_check_attention, attention), f"sumi_attention {attention.name}", report, seed)
+    for attention in PAGED:
+        _guarded(partial(_check_pages, attention), f"sumi_attention {attention.name}", report, seed)
     _guarded(_check_layer, "post_attention", report, seed)
     _guarded(_check_before, "pre_attention", report, seed)
     _guarded(_check_after, "gated_output", report, seed)
@@ -95,49 +114,110 @@ def request_rows(extents: list[Extent], blocks: int, random: np.random.Generator
     return rows
 
 
-def _check_attention(attention: Attention, name: str, report: Report, random: np.random.Generator) -> None:
-    blocks, heads, tokens = attention.blocks, attention.heads, BUCKET.tokens
-    shape = (blocks, SCENARIOS, heads)
-    form = oracle.Form(
-        temperature=random.uniform(4, 12, shape).astype(np.float32) if attention.softmax else None,
-        scale=attention.qk_dim**-0.5,
-        divisor=32.0,
-        coefficients=(0.3 * random.normal(size=(*shape, 3))).astype(np.float32) if attention.bias else None,
-        causal=attention.causal,
-    )
+class Batch(NamedTuple):
+    """Packed requests.
 
-    def run(q: jax.Array, k: jax.Array, v: jax.Array, rows: jax.Array, time: jax.Array, *given: jax.Array) -> jax.Array:
-        left = list(given)
-        activation = Softmax(left.pop(0)) if attention.softmax else Silu(form.scale, form.divisor)
-        bias = LogBias(left.pop(0)) if attention.bias else None
-        return sumi_attention.sumi_attention(
-            q, k, v, rows, time, activation=activation, bias=bias, causal=attention.causal, align=LAYOUT.align
-        )
+    Attributes:
+        arrays: q, k, v [blocks, T, heads, dim].
+        ours: number of the request whose bits are compared, if it is there.
+    """
 
-    given = [x for x in (form.temperature, form.coefficients) if x is not None]
-    dims = (attention.qk_dim, attention.qk_dim, attention.v_dim)
-    arrays = [np.asarray(random.normal(size=(blocks, tokens, heads, dim)), jnp.bfloat16) for dim in dims]
-    time = np.sort(random.integers(0, 2 * 10**9, (blocks, tokens))).astype(np.int32)
-    compiled, bits = jax.jit(run), {}
+    what: str
+    arrays: list[np.ndarray]
+    rows: np.ndarray
+    time: np.ndarray
+    ours: int | None
+
+
+def _batches(about: Attention, random: np.random.Generator) -> Iterator[Batch]:
+    """Random ones; last "alone" and "among others", with one request in both."""
+    blocks, heads = about.blocks, about.heads
+    dims = (about.qk_dim, about.qk_dim, about.v_dim)
+    arrays = [np.asarray(random.normal(size=(blocks, BUCKET.tokens, heads, dim)), jnp.bfloat16) for dim in dims]
+    time = np.sort(random.integers(0, 2 * 10**9, (blocks, BUCKET.tokens))).astype(np.int32)
     ours = Extent(200, 70)
-    batches = [*tables(random), ("alone", [ours]), ("among others", [Extent(130, 9), ours, Extent(1, 1)])]
-    for what, extents in batches:
+    for what, extents in [*tables(random), ("alone", [ours]), ("among others", [Extent(130, 9), ours, Extent(1, 1)])]:
         rows = request_rows(extents, blocks, random)
-        inputs, when = list(arrays), time.copy()
-        if ours in extents:
-            rows[extents.index(ours)] = _same_request(rows[extents.index(ours)], blocks)
-            inputs, when = _moved(arrays, time, rows[extents.index(ours)])
+        inputs, when, number = list(arrays), time.copy(), extents.index(ours) if ours in extents else None
+        if number is not None:
+            rows[number] = _same_request(rows[number], blocks)
+            inputs, when = _moved(arrays, time, rows[number])
         for row in rows[rows[:, 2] > 0]:
             when[:, row[CANDIDATE_START] : row[CANDIDATE_START] + row[2]] = row[REQUEST_TIME]
-        poison(blocks * tokens * heads * attention.v_dim)
-        out = np.asarray(compiled(*inputs, rows, when, *given), np.float32)
-        worst, good = _distance(out, inputs, rows, when, form, attention)
-        report(f"{name}: {what}: {worst:.4f}", good and bool(np.isfinite(out).all()))
-        if ours in extents:
-            row = rows[extents.index(ours)]
-            at = np.concatenate([row[0] + np.arange(ours.history), row[1] + np.arange(ours.candidates)])
-            bits[what] = out[0, at]
+        yield Batch(what, inputs, rows, when, number)
+
+
+def _form(about: Attention, random: np.random.Generator) -> tuple[oracle.Form, list[np.ndarray]]:
+    """As the oracle has it; and what of it is handed to the program."""
+    shape = (about.blocks, SCENARIOS, about.heads)
+    form = oracle.Form(
+        temperature=random.uniform(4, 12, shape).astype(np.float32) if about.softmax else None,
+        scale=about.qk_dim**-0.5,
+        divisor=32.0,
+        coefficients=(0.3 * random.normal(size=(*shape, 3))).astype(np.float32) if about.bias else None,
+        causal=about.causal,
+    )
+    return form, [x for x in (form.temperature, form.coefficients) if x is not None]
+
+
+def _attend(
+    about: Attention, form: oracle.Form, arrays: Sequence[jax.Array], *given: jax.Array, history: Pages | None = None
+) -> jax.Array:
+    """The kernel on q, k, v, rows and time."""
+    left = list(given)
+    activation = Softmax(left.pop(0)) if about.softmax else Silu(form.scale, form.divisor)
+    bias = LogBias(left.pop(0)) if about.bias else None
+    return sumi_attention.sumi_attention(
+        *arrays, activation=activation, bias=bias, causal=about.causal, align=LAYOUT.align, history=history
+    )
+
+
+def _check_attention(about: Attention, name: str, report: Report, random: np.random.Generator) -> None:
+    form, given = _form(about, random)
+    compiled, bits = jax.jit(partial(_attend, about, form)), {}
+    for batch in _batches(about, random):
+        poison(batch.arrays[2].size)
+        out = np.asarray(compiled((*batch.arrays, batch.rows, batch.time), *given), np.float32)
+        worst, good = _distance(out, batch, form, about)
+        report(f"{name}: {batch.what}: {worst:.4f}", good and bool(np.isfinite(out).all()))
+        if batch.ours is not None:
+            row = batch.rows[batch.ours]
+            bits[batch.what] = out[0, np.concatenate([row[0] + np.arange(row[5]), row[1] + np.arange(row[2])])]
     report(f"{name}: equal bits alone and among others", np.array_equal(bits["alone"], bits["among others"]))
+
+
+def _check_pages(about: Attention, name: str, report: Report, random: np.random.Generator) -> None:
+    """Candidates alone, with the same histories in pages."""
+    form, given = _form(about, random)
+    first = BUCKET.tokens - BUCKET.candidates
+    pool = first // pages.ROWS + LAYOUT.max_requests  # every history may end in a page of its own
+
+    def in_pages(arrays: Sequence[jax.Array], table: jax.Array, *given: jax.Array) -> jax.Array:
+        q, k, v, rows, time = arrays
+        at = jnp.clip(rows[:, :1] + jnp.arange(LONGEST), max=BUCKET.tokens - 1)
+        lengths = rows[:, HISTORY_LENGTH:]
+        keys, values, times = (pages.cut(x[:, at], lengths, table, pool) for x in (k, v, time))
+        alone = rows.at[:, CANDIDATE_START].add(jnp.where(rows[:, 2] > 0, -first, 0)).at[:, HISTORY_START].set(0)
+        candidates = (*(x[:, first:] for x in (q, k, v)), alone, time[:, first:])
+        return _attend(about, form, candidates, *given, history=Pages(keys, values, table, times))
+
+    paged, packed = jax.jit(in_pages), jax.jit(partial(_attend, about, form))
+    same, bits = True, {}
+    for batch in _batches(about, random):
+        table = pages.page_table(batch.rows[:, HISTORY_LENGTH:].max(axis=1), LONGEST // pages.ROWS, pool, random)
+        arrays = (*batch.arrays, batch.rows, batch.time)
+        poison(batch.arrays[2][:, first:].size)
+        out = np.asarray(paged(arrays, table, *given), np.float32)
+        worst, good = _distance(out, batch, form, about, first)
+        report(f"{name}: {batch.what}: {worst:.4f}", good and bool(np.isfinite(out).all()))
+        last = np.asarray(packed((batch.arrays[0][:, first:], *arrays[1:]), *given), np.float32)
+        owned = [np.arange(row[1], row[1] + row[2]) - first for row in batch.rows]
+        at = np.concatenate(owned)
+        same &= np.array_equal(out[:, at], last[:, at])
+        if batch.ours is not None:
+            bits[batch.what] = out[0, owned[batch.ours]]
+    report(f"{name}: equal bits alone and among others", np.array_equal(bits["alone"], bits["among others"]))
+    report(f"{name}: bits of packed rows", same)
 
 
 def _same_request(row: np.ndarray, blocks: int) -> np.ndarray:
@@ -157,16 +237,15 @@ def _moved(arrays: list[np.ndarray], time: np.ndarray, row: np.ndarray) -> tuple
     return moved, when
 
 
-def _distance(
-    out: np.ndarray, arrays: list[np.ndarray], rows: np.ndarray, time: np.ndarray, form: oracle.Form, about: Attention
-) -> tuple[float, bool]:
-    """Largest difference from the oracle, and whether all of them are within the tolerances."""
+def _distance(out: np.ndarray, batch: Batch, form: oracle.Form, about: Attention, first: int = 0) -> tuple[float, bool]:
+    """Largest difference from the oracle of token rows from `first` on, and whether all are within the tolerances."""
     found, largest = [], 1.0
-    for row in rows[rows[:, 2] > 0]:
+    for row in batch.rows[batch.rows[:, 2] > 0]:
         for block in range(about.blocks):
             for head in range(about.heads):
-                q, k, v = (x[block, :, head].astype(np.float64) for x in arrays)
-                at, expected = oracle.attention(q, k, v, row, time[block].astype(np.int64), block, head, form)
+                q, k, v = (x[block, :, head].astype(np.float64) for x in batch.arrays)
+                at, expected = oracle.attention(q, k, v, row, batch.time[block].astype(np.int64), block, head, form)
+                at, expected = at[at >= first] - first, expected[at >= first]
                 found.append(np.abs(out[block, at, head] - expected).ravel())
                 largest = max(largest, float(expected.std()))
     every = np.concatenate(found) / largest
