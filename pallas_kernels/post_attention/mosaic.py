@@ -35,14 +35,14 @@ def post_attention(
         ValueError: `misfit` has something against it.
     """
     blocks, rows, width = x.shape
-    stack, inner = layer_weights(weights, x.dtype), attended.shape[-1]
-    hidden = stack.ffn1_w.shape[-1]
+    *matrices, vectors = layer_weights(weights, x.dtype)
+    inner, hidden = attended.shape[-1], weights["ffn1_w"].shape[-1]
     if reason := misfit(x.dtype, width, inner, hidden, rows):
         raise ValueError(f"post-attention on Mosaic GPU: {reason}")
-    numbers, after = [layer], []
+    after = []
     if following is not None:
-        numbers.append(following.layer)
-        after = [following.bias.astype(jnp.float32), following.weight.astype(x.dtype)]
+        bias, weight = following.bias.astype(jnp.float32), following.weight.astype(x.dtype)
+        after = [_number(following.layer), bias, weight]
     tiling = tiling or tiling_for({"width": width, "inner": inner, "hidden": hidden}, blocks * rows)
     form = Form(
         width=width,
@@ -54,7 +54,12 @@ def post_attention(
         tiling=tiling,
         interpret=interpret,
     )
-    return _call([jnp.array(numbers, jnp.int32), attended, x, *stack, *after], form)
+    return _call([_number(layer), attended, x, *matrices, *vectors, *after], form)
+
+
+def _number(layer: int) -> jax.Array:
+    # One each: of two together, where they are 0 and 1, XLA makes a kernel that counts.
+    return jnp.full((1,), layer, jnp.int32)
 
 
 def tiling_for(shape: Mapping[str, Any], rows: int) -> Tiling:

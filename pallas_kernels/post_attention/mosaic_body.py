@@ -26,6 +26,7 @@ from flame_jax.pallas_kernels.hopper import (
     tile_memory,
 )
 from flame_jax.pallas_kernels.post_attention.mosaic_form import Form
+from flame_jax.pallas_kernels.post_attention.types import VECTORS
 
 OUT_B, NORM1_SCALE, NORM1_SHIFT, FFN1_B, FFN2_B, NORM2_SCALE, NORM2_SHIFT, NEXT_B = range(8)
 
@@ -38,8 +39,7 @@ class _Work(NamedTuple):
     out_w: Any  # [inner, d]
     ffn1_w: Any  # [d, ffn]
     ffn2_w: Any  # [ffn, d]
-    vectors: Any  # [6 * d + ffn]
-    next_b: Any  # [3 * inner], where there is a following layer
+    vectors: list[Any]  # [d or ffn] each; [3 * inner], where there is a following layer
     next_w: Any  # [d, 3 * inner]
     outputs: list[Any]  # [rows, d], and three of [rows, inner]
     staging: Any  # [warpgroups, inner / chunk, 64, chunk]: attended, then pieces of q, k and v
@@ -84,21 +84,24 @@ def body(*refs: Any, form: Form) -> None:
 
 
 def _work(refs: tuple[Any, ...], memory: dict[str, Any], form: Form) -> _Work:
-    numbers, attended, x, out_w, ffn1_w, ffn2_w, vectors, *rest = refs
-    block = lax.axis_index("block")
+    number, attended, x, out_w, ffn1_w, ffn2_w, *rest = refs
+    block, layer = lax.axis_index("block"), number[0]
 
-    def own(weight: Any, number: int = 0) -> Any:
-        return weight.at[numbers[number], jnp.minimum(block, weight.shape[1] - 1)]
+    def own(weight: Any, layer: jax.Array = layer) -> Any:
+        return weight.at[layer, jnp.minimum(block, weight.shape[1] - 1)]
 
-    next_b, next_w = (own(rest.pop(0), 1) for _ in range(2)) if form.projects else (None, None)
+    vectors, next_w = [own(rest.pop(0)) for _ in VECTORS], None
+    if form.projects:
+        following = rest.pop(0)[0]
+        vectors.append(own(rest.pop(0), following))
+        next_w = own(rest.pop(0), following)
     return _Work(
         attended=attended.at[block],
         x=x.at[block],
         out_w=own(out_w),
         ffn1_w=own(ffn1_w),
         ffn2_w=own(ffn2_w),
-        vectors=own(vectors),
-        next_b=next_b,
+        vectors=vectors,
         next_w=next_w,
         outputs=[output.at[block] for output in rest],
         **memory,
@@ -107,10 +110,10 @@ def _work(refs: tuple[Any, ...], memory: dict[str, Any], form: Form) -> _Work:
 
 def _load(work: _Work, tiles: jax.Array, form: Form) -> None:
     """Vectors once, and for every tile all weights."""
-    chunk, own = form.tiling.chunk, sum(form.vectors) - form.mixed
-    for at in range(0, sum(form.vectors), TILE):
-        source = work.vectors.at[pl.ds(at, TILE)] if at < own else work.next_b.at[pl.ds(at - own, TILE)]
-        plgpu.copy_gmem_to_smem(source, work.vector.at[pl.ds(at, TILE)], work.vectors_ready)
+    chunk = form.tiling.chunk
+    pieces = [vector.at[pl.ds(at, TILE)] for vector in work.vectors for at in range(0, vector.shape[0], TILE)]
+    for n, piece in enumerate(pieces):
+        plgpu.copy_gmem_to_smem(piece, work.vector.at[pl.ds(n * TILE, TILE)], work.vectors_ready)
 
     @pl.loop(0, tiles)
     def _(number: jax.Array) -> None:

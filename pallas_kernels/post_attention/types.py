@@ -26,7 +26,7 @@ class Projection(NamedTuple):
 
 
 class LayerWeights(NamedTuple):
-    """Stacked over [layers, blocks], so that a kernel picks a layer by number and nothing is cut out and copied.
+    """Stacked over [layers, blocks], so that a kernel picks a layer by number and nothing is cut out or put together.
 
     Where blocks share their weights, that axis has length 1.
 
@@ -34,17 +34,16 @@ class LayerWeights(NamedTuple):
         out_w: [layers, blocks, inner, d], in the activations' dtype, as the other matrices.
         ffn1_w: [layers, blocks, d, ffn].
         ffn2_w: [layers, blocks, ffn, d].
-        vectors: float32[layers, blocks, 6 * d + ffn], `VECTORS` one after another.
+        vectors: float32[layers, blocks, d or ffn] each, those of `VECTORS`.
     """
 
     out_w: jax.Array
     ffn1_w: jax.Array
     ffn2_w: jax.Array
-    vectors: jax.Array
+    vectors: list[jax.Array]
 
 
 def layer_weights(weights: Mapping[str, jax.Array], dtype: jnp.dtype) -> LayerWeights:
     """From named weights with leading axes [layers, blocks]."""
     out_w, ffn1_w, ffn2_w = (weights[name].astype(dtype) for name in ("out_w", "ffn1_w", "ffn2_w"))
-    vectors = jnp.concatenate([weights[name] for name in VECTORS], axis=-1)
-    return LayerWeights(out_w, ffn1_w, ffn2_w, vectors.astype(jnp.float32))
+    return LayerWeights(out_w, ffn1_w, ffn2_w, [weights[name].astype(jnp.float32) for name in VECTORS])
