@@ -15,7 +15,7 @@ from flame_jax.pallas_kernels.hopper import TILE, kernel
 from flame_jax.pallas_kernels.segments import histories_elsewhere
 from flame_jax.pallas_kernels.sumi_attention.mosaic_body import body
 from flame_jax.pallas_kernels.sumi_attention.mosaic_form import Form, Tiling
-from flame_jax.pallas_kernels.sumi_attention.schedule import jobs, key_logs, page_logs
+from flame_jax.pallas_kernels.sumi_attention.schedule import jobs, key_logs, page_logs, time_parts
 from flame_jax.pallas_kernels.sumi_attention.types import Activation, Bias, LogBias, Pages, Silu, Softmax, TableBias
 
 
@@ -87,7 +87,7 @@ def _flat(x: jax.Array) -> jax.Array:
 def _distances(rows: jax.Array, time: jax.Array, history: Pages | None, align: int) -> list[jax.Array]:
     """What the log bias reads of histories: times, for history rows, of which there are none with pages; logarithms."""
     if history is None:
-        return [time, key_logs(rows, time, align=align)]
+        return [time_parts(time), key_logs(rows, time, align=align)]
     return [page_logs(rows, history.table, history.times)]
 
 

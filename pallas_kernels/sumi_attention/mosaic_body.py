@@ -18,22 +18,23 @@ from jax import lax
 
 from flame_jax.pallas_kernels.hopper import (
     FULL,
-    ROW,
     TILE,
     by_role,
     drain,
     free_slot,
     per_row,
-    silu,
     tile_memory,
 )
-from flame_jax.pallas_kernels.sumi_attention.mosaic_form import MASKED, Form, Memory
+from flame_jax.pallas_kernels.sumi_attention.mosaic_form import Form, Memory
 from flame_jax.pallas_kernels.sumi_attention.mosaic_step import (
     hidden_pairs,
+    known_logs,
     logits_of,
-    logs_of,
     mix,
+    nothing,
+    pair_logs,
     scores_of,
+    see_own,
     weigh,
 )
 from flame_jax.pallas_kernels.sumi_attention.schedule import (
@@ -101,8 +102,8 @@ def body(*refs: Any, form: Form) -> None:
         own_v=tiles(w, n, rows=TILE, width=form.v_dim),
         k=tiles(s, n, rows=keys, width=form.qk_dim),
         v=tiles(s, n, rows=keys, width=form.v_dim),
-        own_time=plgpu.SMEM((w, TILE), jnp.int32) if form.timed else None,
-        key_time=plgpu.SMEM((s, keys), jnp.int32) if form.timed else None,
+        own_time=plgpu.SMEM((w, 2, TILE), jnp.float32) if form.timed else None,
+        key_time=plgpu.SMEM((s, 2, keys), jnp.float32) if form.timed else None,
         key_log=plgpu.SMEM((s, 2, keys), jnp.float32) if form.biased else None,
         weights=tiles(w, rows=TILE, width=keys) if form.interpret else None,
     )
@@ -196,7 +197,7 @@ def _load(job: _Job, memory: Memory, barriers: _Barriers, form: Form) -> None:
             source = job.keys.at[job.block, at, _columns(job, i, form.qk_dim)]
             plgpu.copy_gmem_to_smem(source, memory.k.at[slot, i], k_ready)
         if form.timed:
-            plgpu.copy_gmem_to_smem(job.time.at[job.block, at], memory.key_time.at[slot], k_ready)
+            plgpu.copy_gmem_to_smem(job.time.at[job.block, :, at], memory.key_time.at[slot], k_ready)
         if form.biased:
             logs = job.key_log.at[job.block, :, pl.ds(job.key_start + step * keys, keys)]
             plgpu.copy_gmem_to_smem(logs, memory.key_log.at[slot], k_ready)
@@ -253,9 +254,19 @@ def _compute(job: _Job, group: jax.Array, memory: Memory, barriers: _Barriers, f
 
     def own_keys() -> Any:
         plgpu.barrier_wait(barriers.own_ready.at[group])
-        return tuple(_see_own(job, group, begin, i, factors[i][0], memory, form) for i in range(form.together))
+        return tuple(
+            see_own(
+                (memory.q.at[group, i], memory.own_k.at[group, i], memory.own_v.at[group, i]),
+                begin,
+                job.length,
+                job.is_history,
+                factors[i][0],
+                form.softmax,
+            )
+            for i in range(form.together)
+        )
 
-    state = lax.cond(alone, own_keys, lambda: (_nothing(form),) * form.together)
+    state = lax.cond(alone, own_keys, lambda: (nothing(form.v_dim, form.softmax),) * form.together)
 
     def all_steps(history: bool, state: Any) -> Any:
         whole = lax.div(job.length, form.tiling.keys)
@@ -283,7 +294,7 @@ def _load_own(job: _Job, group: jax.Array, alone: jax.Array, memory: Memory, bar
         source = job.q.at[job.block, pl.ds(row, TILE), _columns(job, i, form.qk_dim)]
         plgpu.copy_gmem_to_smem(source, memory.q.at[group, i], ready)
     if form.timed:
-        plgpu.copy_gmem_to_smem(job.time.at[job.block, own], memory.own_time.at[group], ready)
+        plgpu.copy_gmem_to_smem(job.time.at[job.block, :, own], memory.own_time.at[group], ready)
 
     @pl.when(alone)
     def _() -> None:
@@ -321,31 +332,6 @@ def _factors(job: _Job, i: int, form: Form) -> list[Any]:
     return [scale, *(job.coefficients[job.block, job.scenario, job.head + i, c] * unit for c in range(3))]
 
 
-def _nothing(form: Form) -> tuple[Any, ...]:
-    """The state before the first key: mixed values, and for softmax the largest logit and the sum of weights."""
-
-    def full(shape: tuple[int, ...], value: float, layout: Any) -> Any:
-        return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
-
-    mixed = full((TILE, form.v_dim), 0.0, FULL)
-    return (mixed, full((TILE,), MASKED, ROW), full((TILE,), 0.0, ROW)) if form.softmax else (mixed,)
-
-
-def _see_own(
-    job: _Job, group: jax.Array, begin: jax.Array, i: int, scale: Any, memory: Memory, form: Form
-) -> tuple[Any, ...]:
-    """The same where a row that is no history row has seen its own key."""
-    position = plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=ROW) + begin
-    sees = jnp.logical_or(position >= job.length, jnp.logical_not(job.is_history))
-    q, k, value = (
-        plgpu.load(ref.at[group, i], layout=FULL).astype(jnp.float32) for ref in (memory.q, memory.own_k, memory.own_v)
-    )
-    own = jnp.sum(q * k, axis=1) * scale
-    weight = jnp.where(sees, 1.0 if form.softmax else silu(own), 0.0)
-    mixed = value * per_row(weight, value)
-    return (mixed, jnp.where(sees, own, MASKED), weight) if form.softmax else (mixed,)
-
-
 def _step_of(
     job: _Job,
     group: jax.Array,
@@ -363,9 +349,15 @@ def _step_of(
         slot, key = lax.rem(number, form.tiling.stages), number * form.tiling.keys
         plgpu.barrier_wait(barriers.k_ready.at[slot])
         scores = scores_of(memory.q.at[group], memory.k.at[slot], form)
-        logs = logs_of(begin - key, group, slot, memory, form, history) if form.biased else None
-        hidden = hidden_pairs(job.length, begin, key, form, history) if masked else None
-        weighted = [weigh(logits_of(scores[i], factors[i], logs), hidden, state[i], form) for i in range(form.together)]
+        logs = None
+        if form.biased and history:
+            logs = pair_logs(begin - key, memory.own_time.at[group], memory.key_time.at[slot])
+        elif form.biased:
+            logs = known_logs(memory.key_log.at[slot])
+        keys, causal = form.tiling.keys, form.causal and history
+        hidden = hidden_pairs(job.length, begin, key, keys, causal) if masked else None
+        logits = [logits_of(scores[i], factors[i], logs) for i in range(form.together)]
+        weighted = [weigh(logits[i], hidden, state[i], form.dtype) for i in range(form.together)]
         plgpu.barrier_wait(barriers.v_ready.at[slot])
         mixed = mix(weighted, memory.v.at[slot], memory.weights.at[group] if form.interpret else None)
         plgpu.barrier_arrive(barriers.consumed.at[slot])

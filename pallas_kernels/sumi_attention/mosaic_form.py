@@ -71,7 +71,7 @@ class Memory(NamedTuple):
     own_v: Any  # [w, n, 64, v_dim], then the result
     k: Any  # [s, n, keys, qk_dim]
     v: Any  # [s, n, keys, v_dim]
-    own_time: Any  # int32[w, 64], where timed
-    key_time: Any  # int32[s, keys], where timed
+    own_time: Any  # float32[w, 2, 64], where timed
+    key_time: Any  # float32[s, 2, keys], where timed
     key_log: Any  # float32[s, 2, keys], with a bias
     weights: Any  # [w, 64, keys], in the interpreter: it takes both operands from shared memory only

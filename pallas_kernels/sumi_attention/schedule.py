@@ -121,5 +121,18 @@ def _logs(ahead: jax.Array, age: jax.Array) -> jax.Array:
     return jnp.log2(1.0 + jnp.abs(jnp.stack([ahead, age], axis=1)).astype(jnp.float32))
 
 
+def time_parts(time: jax.Array) -> jax.Array:
+    """Times in two float32 parts, of which differences add up to that of the times, rounded once.
+
+    Args:
+        time: int32[blocks, T].
+
+    Returns:
+        float32[blocks, 2, T]: a multiple of 4096 seconds, and the rest.
+    """
+    rest = time & 4095
+    return jnp.stack([time - rest, rest], axis=1).astype(jnp.float32)
+
+
 def _aligned(count: jax.Array, align: int) -> jax.Array:
     return -(-count // align) * align
