@@ -173,9 +173,9 @@ class Ring(NamedTuple):
     free: Any
 
     @classmethod
-    def scratch(cls, buffer: Any, *, stages: int, readers: int) -> Ring:
-        """What `pl.run_scoped` is to allocate."""
-        ready, free = (plgpu.Barrier(num_arrivals=n, num_barriers=stages) for n in (1, readers))
+    def scratch(cls, buffer: Any, *, stages: int, readers: int, pieces: int = 1) -> Ring:
+        """What `pl.run_scoped` is to allocate; a tile arrives in so many pieces."""
+        ready, free = (plgpu.Barrier(num_arrivals=n, num_barriers=stages) for n in (pieces, readers))
         return cls(buffer, ready, free)
 
     @property
@@ -183,10 +183,12 @@ class Ring(NamedTuple):
         """Tiles in flight."""
         return int(self.buffer.shape[0])
 
-    def send(self, number: jax.Array, source: Any) -> None:
-        """Copy a tile from global memory, as soon as its place is free."""
+    def send(self, number: jax.Array, *pieces: Any) -> None:
+        """Copy a tile from global memory, as soon as its place is free; of several pieces each to its own part."""
         slot = free_slot(number, self.stages, self.free)
-        plgpu.copy_gmem_to_smem(source, self.buffer.at[slot], self.ready.at[slot])
+        parts = [self.buffer.at[slot]] if len(pieces) == 1 else [self.buffer.at[slot, n] for n in range(len(pieces))]
+        for piece, part in zip(pieces, parts, strict=True):
+            plgpu.copy_gmem_to_smem(piece, part, self.ready.at[slot])
 
     def take(self, number: jax.Array) -> Any:
         """The tile, once it is there."""

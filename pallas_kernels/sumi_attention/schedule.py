@@ -13,7 +13,7 @@ from flame_jax.packing import (
     REQUEST_TIME,
     SCENARIO,
 )
-from flame_jax.pallas_kernels.segments import per_row
+from flame_jax.pallas_kernels.segments import per_row, tiles
 
 # Columns of a job. One history length per block follows.
 FIRST_ROW, ROWS, KEY_START, POSITION, IS_HISTORY, JOB_SCENARIO, JOB_REQUEST, JOB_LENGTH = range(8)
@@ -119,6 +119,28 @@ def page_logs(rows: jax.Array, table: jax.Array, time: jax.Array) -> jax.Array:
 def _logs(ahead: jax.Array, age: jax.Array) -> jax.Array:
     """float32[blocks, 2, ...] of int32[blocks, ...]."""
     return jnp.log2(1.0 + jnp.abs(jnp.stack([ahead, age], axis=1)).astype(jnp.float32))
+
+
+def pair_logs(rows: jax.Array, time: jax.Array, *, align: int, window: int) -> jax.Array:
+    """What `LogBias` reads of every pair of history rows, for kernels that read it more than once.
+
+    Args:
+        time: int32[blocks, H], of the history part.
+        window: keys from the first one of a row's request on.
+
+    Returns:
+        float16[2, blocks, H, window]: log2(1 + |dp|) and log2(1 + |dt|), to 11 bits. Of rows and keys that are in no
+        history they are finite, or no longer than a neighbour's, and mean nothing.
+    """
+    blocks, length = time.shape
+    start = tiles(rows, align=align, first=0, last=length).history_start
+    key = jnp.arange(window, dtype=jnp.int32)
+    row = jnp.arange(length, dtype=jnp.int32).reshape(-1, align) - start[:, None]
+    far = jnp.broadcast_to((row[:, :, None] - key)[None], (blocks, *row.shape, window))
+    then = time[:, jnp.minimum(start[:, None] + key, length - 1)]
+    old = time.reshape(blocks, -1, align)[..., None] - then[:, :, None]
+    logs = jnp.log2(1.0 + jnp.abs(jnp.stack([far, old])).astype(jnp.float32))
+    return logs.astype(jnp.float16).reshape(2, blocks, length, window)
 
 
 def time_parts(time: jax.Array) -> jax.Array:

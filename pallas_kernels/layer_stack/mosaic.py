@@ -1,0 +1,125 @@
+"""A stack of post-norm layers as one Mosaic GPU kernel (Hopper); docs/kernels.md, "Layer stack"."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from flame_jax.pallas_kernels.hopper import MULTIPROCESSORS, TILE, kernel
+from flame_jax.pallas_kernels.layer_stack.mosaic_body import body
+from flame_jax.pallas_kernels.layer_stack.mosaic_form import WIDTH, Form
+from flame_jax.pallas_kernels.post_attention.types import Projection, layer_weights
+from flame_jax.pallas_kernels.sumi_attention.schedule import jobs, key_logs, limit, pair_logs
+
+LONGEST = 2048
+"""Rows of a history: what fits beside the weights. Its thread blocks wait for each other, so that they must all be on
+the GPU at once, beside those of other streams."""
+
+
+def layer_stack(
+    x: jax.Array,
+    qkv: tuple[jax.Array, jax.Array, jax.Array],
+    weights: Mapping[str, jax.Array],
+    rows: jax.Array,
+    time: jax.Array,
+    *,
+    temperature: jax.Array,
+    coefficients: jax.Array | None,
+    following: Projection | None,
+    first_candidate: int,
+    window: int,
+    align: int,
+    interpret: bool = False,
+) -> tuple[jax.Array, ...]:
+    """All layers of a stack: SUMI attention with softmax, then `post_attention`.
+
+    Args:
+        x: [blocks, T, 128], the first layer's input.
+        qkv: of the first layer, [blocks, T, 128] each, two heads of 64 side by side.
+        weights: name -> [layers, blocks, ...], those of `post_attention` and `qkv_w`, `qkv_b`.
+        rows: int32[R, 5 + blocks], the packed layout's request rows.
+        time: int32[blocks, T], seconds.
+        temperature: float32[layers, blocks, scenarios, 2].
+        coefficients: float32[layers, blocks, scenarios, 2, 3] of the log bias, if there is one.
+        following: what follows the last layer.
+        first_candidate: token row of the bucket's first candidate row.
+        window: longest history of any request, in rows.
+        interpret: run on the CPU, slowly, and a launch per layer: thread blocks run one after another there.
+
+    Returns:
+        x of the candidate rows, [blocks, T - first_candidate, 128]; q, k and v of what follows, if anything does.
+
+    Raises:
+        ValueError: `misfit` has something against it, or not all thread blocks would be on the GPU at once.
+    """
+    depth, (_, tokens, width) = len(weights["out_w"]), x.shape
+    if reason := misfit(x.dtype, width, temperature.shape[-1], weights["ffn1_w"].shape[-1], window, align):
+        raise ValueError(f"a layer stack on Mosaic GPU: {reason}")
+    if not fits(*x.shape[:2], len(rows), align):
+        raise ValueError(f"a layer stack on Mosaic GPU: {x.shape[:2]} rows are too many at once")
+    form = Form(
+        layers=depth,
+        first=0,
+        count=1 if interpret else depth,
+        requests=len(rows),
+        window=-(-window // TILE) * TILE,
+        hidden=weights["ffn1_w"].shape[-1],
+        first_candidate=first_candidate,
+        biased=coefficients is not None,
+        projects=following is not None,
+        dtype=x.dtype,
+        interpret=interpret,
+    )
+    fixed = [jobs(rows, align=align, first=0, last=tokens, size=TILE)]
+    numbers = [temperature]
+    if coefficients is not None:
+        pairs = pair_logs(rows, time[:, :first_candidate], align=align, window=form.window)
+        numbers += [coefficients, key_logs(rows, time, align=align), lax.bitcast_convert_type(pairs, x.dtype)]
+    *matrices, vectors = layer_weights(weights, x.dtype)
+    stack = [*matrices, weights["qkv_w"].astype(x.dtype), *vectors, weights["qkv_b"].astype(jnp.float32)]
+    if following is not None:
+        own = slice(following.layer, following.layer + 1)
+        stack += [following.weight[own].astype(x.dtype), following.bias[own].astype(jnp.float32)]
+    state: list[jax.Array] = [x, *qkv]
+    for first in range(0, depth, form.count):
+        state = _call([*fixed, *state, *numbers, *stack], replace(form, first=first))
+    return tuple(state)
+
+
+def fits(blocks: int, tokens: int, requests: int, align: int) -> bool:
+    """Whether there is a multiprocessor for every thread block: they wait for each other."""
+    return blocks * limit(tokens, requests, align, TILE) <= MULTIPROCESSORS
+
+
+def misfit(dtype: Any, width: int, heads: int, hidden: int, window: int, align: int) -> str:
+    """Why the kernel can't do this; empty where it can."""
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"dtype {jnp.dtype(dtype)} is not bfloat16 or float16"
+    if width != WIDTH or heads * TILE != WIDTH:
+        return f"a model of width {width} with {heads} heads is not one of {WIDTH} with heads of {TILE}"
+    if hidden % WIDTH:
+        return f"a hidden layer of {hidden} columns is no multiple of {WIDTH}"
+    if align % TILE:
+        return f"the layout's alignment of {align} is no multiple of {TILE}"
+    if window > LONGEST:
+        return f"histories have up to {window} rows, not {LONGEST}"
+    return ""
+
+
+@partial(jax.jit, static_argnames="form")
+def _call(operands: list[jax.Array], form: Form) -> list[jax.Array]:
+    work, x, *_ = operands
+    blocks, tokens, width = x.shape
+    outputs = 1 if form.last and not form.projects else 4
+    out = [jax.ShapeDtypeStruct((blocks, tokens - form.first_output, width), form.dtype)] * outputs
+    # Keys and values of histories by layer: whoever is behind still reads the last ones.
+    between = [jax.ShapeDtypeStruct((form.count - 1, blocks, tokens, width), form.dtype)] * 2
+    grid = {"job": len(work), "block": blocks}
+    results = kernel(body, form, [*out, *(between if form.count > 1 else [])], grid=grid)(*operands)
+    return list(results[:outputs])
