@@ -109,6 +109,26 @@ def hstu_stack(
     return x
 
 
+def hstu_stack_given(
+    x: jax.Array,
+    weights: list[Layer],
+    history: list[tuple[jax.Array, jax.Array]],
+    *,
+    config: ModelConfig,
+    attention: silu.Given,
+) -> jax.Array:
+    """HSTU's layers on candidates alone, x [B, c, D] -> [B, c, D]; k, v [B, h, heads, dim] of each layer's history."""
+    form = silu.Silu(config.head_dim**-0.5, config.hstu.attention_divisor, history[0][0].shape[1])
+    for layer, given in zip(weights, history, strict=True):
+        stack = {name: weight[None] for name, weight in layer.items()}
+
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array, given: tuple[jax.Array, jax.Array] = given) -> jax.Array:
+            return attention(q, (k, v), given, form).astype(v.dtype)
+
+        x = hstu_layer(x, stack, 0, attend, config=config)
+    return x
+
+
 def embed(batch: Batch, outer: Layer, config: ModelConfig) -> jax.Array:
     """[blocks, B, h + c, d] in the model's dtype."""
     rows: jax.Array = outer["item"][batch["items"]].astype(jnp.float32)

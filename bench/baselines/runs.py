@@ -1,9 +1,9 @@
-"""Every JAX baseline of a model as a `Run`."""
+"""Every JAX baseline of a model as a `Run`, and of HSTU's layers with a history that is given."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Iterable
+from functools import cache, partial
 from typing import Any, Literal
 
 import jax
@@ -38,6 +38,9 @@ HSTU: dict[str, silu.Attention] = {
     "split_chunked_narrow": silu.Split(chunk=1024, wide=False),
 }
 
+GIVEN: dict[str, silu.Given] = {"split_given": silu.Given(), "split_given_narrow": silu.Given(wide=False)}
+"""Of HSTU's layers on candidates alone."""
+
 
 def jax_runs(inputs: Inputs, part: Part = "rank", *, tune: bool = True) -> dict[str, Run]:
     """Name -> baseline, on the default device. Nothing is compiled before the first launch, which may fail.
@@ -52,7 +55,24 @@ def jax_runs(inputs: Inputs, part: Part = "rank", *, tune: bool = True) -> dict[
 
 def jax_run(inputs: Inputs, form: Any, part: Part = "rank", *, tune: bool = False) -> Run:
     """One baseline: an `attention.Attention` or, of HSTU, a `silu.Attention`."""
-    function, arguments = program(inputs, form, part)
+    return plain_run(*program(inputs, form, part), tune=tune)
+
+
+def given_runs(
+    inputs: Inputs, candidates: jax.Array, history: list[tuple[jax.Array, jax.Array]], names: Iterable[str]
+) -> dict[str, Run]:
+    """Name -> one of `GIVEN`; candidates [B, c, D], k and v [B, h, heads, dim] of each layer's history."""
+    config, layers = inputs.config.model, jax.device_put(hstu_weights(inputs.config.model, inputs.weights))
+
+    def run(form: silu.Given) -> Run:
+        function = partial(dense.hstu_stack_given, config=config, attention=form)
+        return plain_run(function, (candidates, layers, history))
+
+    return {name: run(GIVEN[name]) for name in names}
+
+
+def plain_run(function: Callable[..., jax.Array], arguments: tuple[Any, ...], *, tune: bool = False) -> Run:
+    """A function of arguments on the device, not yet compiled; `tune` as in `jax_runs`."""
 
     @cache
     def compiled() -> jax.stages.Compiled:
@@ -83,8 +103,16 @@ def program(inputs: Inputs, form: Any, part: Part) -> tuple[Callable[..., jax.Ar
     layers = jax.device_put(hstu_weights(config, inputs.weights))
     if part == "rank":
         return lambda b, s, o: dense.hstu_rank(b, s, o, config, form), (batch, layers, outer)
-    tokens = jax.jit(lambda b, o: dense.encode(dense.embed(b, o, config)[0], b, o, config))(batch, outer)
+    tokens = hstu_tokens(inputs)
     return lambda x, s: dense.hstu_stack(x, s, history=history, config=config, attention=form), (tokens, layers)
+
+
+def hstu_tokens(inputs: Inputs) -> jax.Array:
+    """What HSTU's layers begin with: [B, h + c, D], history first."""
+    config = inputs.config.model
+    batch, outer = jax.device_put((vars(inputs.regular), outer_weights(config, inputs.weights)))
+    tokens: jax.Array = jax.jit(lambda b, o: dense.encode(dense.embed(b, o, config)[0], b, o, config))(batch, outer)
+    return tokens
 
 
 def _tuned(function: Callable[..., Any], arguments: tuple[Any, ...]) -> jax.stages.Compiled:

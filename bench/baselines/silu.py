@@ -37,6 +37,25 @@ class Attention(Protocol):
         """q [B, nq, heads, dim], k [B, h + c, heads, dim], v [B, h + c, heads, dv] -> [B, nq, heads, dv]."""
 
 
+class Given(NamedTuple):
+    """Candidates alone, against a history's keys and values that are there already.
+
+    Attributes:
+        wide: see `Silu.weights`.
+    """
+
+    wide: bool = True
+
+    def __call__(
+        self, q: jax.Array, own: tuple[jax.Array, jax.Array], history: tuple[jax.Array, jax.Array], silu: Silu
+    ) -> jax.Array:
+        """float32[B, c, heads, dv] of q [B, c, heads, dim], the candidates' own keys and values, and the history's."""
+        (own_k, own_v), (k, v) = own, history
+        score = jnp.einsum("bqhd,bqhd->bqh", q, own_k, preferred_element_type=jnp.float32)
+        share = (jax.nn.silu(score * silu.scale) / silu.divisor)[..., None]
+        return _mixed(silu.weights(q, k, jnp.ones((1, 1), bool), wide=self.wide), v) + share * own_v
+
+
 class Dense(NamedTuple):
     """One matrix of all queries by all keys."""
 
@@ -70,10 +89,8 @@ class Split(NamedTuple):
             causal = jnp.arange(end) <= jnp.arange(start, end)[:, None]
             weights = silu.weights(q[:, start:end], k[:, :end], causal, wide=self.wide)
             parts.append(_mixed(weights, v[:, :end]))
-        ranked, every = q[:, -candidates:], jnp.ones((1, 1), bool)
-        own = jnp.einsum("bqhd,bqhd->bqh", ranked, k[:, h:], preferred_element_type=jnp.float32)
-        share = (jax.nn.silu(own * silu.scale) / silu.divisor)[..., None]
-        parts.append(_mixed(silu.weights(ranked, k[:, :h], every, wide=self.wide), v[:, :h]) + share * v[:, h:])
+        own, history = (k[:, h:], v[:, h:]), (k[:, :h], v[:, :h])
+        parts.append(Given(self.wide)(q[:, -candidates:], own, history, silu))
         return jnp.concatenate([part.astype(v.dtype) for part in parts], axis=1)
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 
 from bench.environment import describe
-from bench.fke import ablation, attention, check, forward, mixed, roofline, tune
+from bench.fke import ablation, attention, check, forward, mixed, roofline, stack, tune
 from bench.fke.choice import UnknownChoice
 from flame_jax.pallas_kernels import tuned
 
@@ -85,6 +85,13 @@ def run_forward(args: argparse.Namespace) -> Outcome:
     return result, False
 
 
+def run_stack(args: argparse.Namespace) -> Outcome:
+    """HSTU's layers alone."""
+    result = stack.stack(args.only, args.baselines, jax.devices()[0], say)
+    say(stack.table(result["stack"]))
+    return result, False
+
+
 CHOICES = ("only", "baselines")
 MODES = {
     "check": Mode("are results right; exit 1 on any miss", run_check),
@@ -95,6 +102,7 @@ MODES = {
     "mixed": Mode("requests of all lengths in one batch, beside padding them", run_mixed),
     "ablation": Mode("the paper's table: eager PyTorch, plain jit, fused kernels", run_ablation, CHOICES),
     "forward": Mode("whole forward passes, beside the best plain JAX; the default", run_forward, CHOICES),
+    "stack": Mode("HSTU's layers alone, whole and with the history's K/V given", run_stack, CHOICES),
 }
 
 

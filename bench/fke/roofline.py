@@ -81,7 +81,7 @@ def read(folder: Path) -> list[Point]:
     points = [Point(**point) for file in files for point in json.loads(file.read_text()).get("points", [])]
     if not points:
         raise ValueError(
-            f"no result file in {folder} has points: run --attention, --mixed, --ablation or --forward first"
+            f"no result file in {folder} has points: run --attention, --mixed, --ablation, --forward or --stack first"
         )
     return points
 
