@@ -24,11 +24,8 @@ WINDOW, HEADS, PAGES = 192, 2, 9
 SILU = Silu(0.3, 64.0)
 
 
-def pages_of(batch: Batch) -> Pages | None:
-    if batch.pool is None:
-        return None
-    k, v, table, time = map(jnp.asarray, batch.pool)
-    return Pages(k, v, table, time)
+def pages_of(batch: Batch) -> Any:
+    return None if batch.pool is None else Pages(*batch.pool)  # type: ignore[arg-type]
 
 
 def history_of(batch: Batch, request: int, block: int) -> tuple[np.ndarray, ...]:
@@ -65,17 +62,21 @@ class PagedCases:
 
     def run(self, batch: Batch, tau: np.ndarray | None = None, bias: np.ndarray | None = None, **more: Any) -> Any:
         """Of the candidate rows, those of requests; SiLU unless there is a temperature."""
-        activation = SILU if tau is None else Softmax(jax.nn.softplus(jnp.asarray(tau)))
-        q, k, v = map(jnp.asarray, batch.arrays)
-        out = type(self).attention(
-            *(q[:, -self.bucket.candidates :], k, v, jnp.asarray(batch.rows), jnp.asarray(batch.time)),
-            activation=activation,
-            bias=None if bias is None else LogBias(jnp.asarray(bias)),
-            causal=tau is None,
-            align=self.layout.align,
-            history=pages_of(batch),
-            **more,
-        )
+
+        @jax.jit
+        def attend(arrays: list[np.ndarray], tau: Any, bias: Any, history: Pages | None) -> jax.Array:
+            return type(self).attention(
+                *arrays,
+                activation=SILU if tau is None else Softmax(jax.nn.softplus(tau)),
+                bias=None if bias is None else LogBias(bias),
+                causal=tau is None,
+                align=self.layout.align,
+                history=history,
+                **more,
+            )
+
+        q, k, v = batch.arrays
+        out = attend([q[:, -self.bucket.candidates :], k, v, batch.rows, batch.time], tau, bias, pages_of(batch))
         first = batch.time.shape[1] - self.bucket.candidates
         starts = [where.candidate_start - first for where in batch.places]
         rows = zip(starts, batch.rows[:, 2], strict=False)
