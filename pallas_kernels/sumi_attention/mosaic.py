@@ -133,7 +133,9 @@ def tiling_for(shape: Mapping[str, Any], rows: int) -> Tiling:
     """The measured one, or else one that fits the registers and the shared memory."""
     if found := tuned.best("sumi_attention", shape, rows):
         return Tiling(**found)
-    return Tiling(warpgroups=1 if max(shape["qk_dim"], shape["v_dim"]) > 128 else 2)
+    if max(shape["qk_dim"], shape["v_dim"]) <= 128:
+        return Tiling(warpgroups=2)
+    return Tiling(warpgroups=1, stages=1 if shape["bias"] else 2)
 
 
 def _in_page(tiling: Tiling, page_rows: int) -> Tiling:

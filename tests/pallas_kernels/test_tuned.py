@@ -35,7 +35,7 @@ def test_the_nearest_measurement_counts(rows: int, warpgroups: int) -> None:
 
 
 def test_a_shape_that_was_not_measured_is_told_once_and_guessed(caplog: pytest.LogCaptureFixture) -> None:
-    shape = {"qk_dim": 256, "v_dim": 64}
+    shape = {"qk_dim": 256, "v_dim": 64, "bias": False}
     with caplog.at_level(logging.WARNING):
         guesses = {sumi_attention.tiling_for(shape, rows) for rows in (1, 1000)}
     assert guesses == {Tiling(warpgroups=1)}
