@@ -158,5 +158,6 @@ def _rest(config: ModelConfig, blocks: int, tasks: int) -> int:
             flops += 4 * outputs * squeezed
     head = config.head
     flops += 2 * head.experts * outputs * head.expert_hidden
-    flops += 2 * tasks * (outputs * head.experts + head.experts * head.expert_hidden)
+    if head.experts > 1:  # one alone is not mixed
+        flops += 2 * tasks * (outputs * head.experts + head.experts * head.expert_hidden)
     return flops + 2 * tasks * (head.expert_hidden * head.tower_hidden + head.tower_hidden)

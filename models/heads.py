@@ -8,6 +8,7 @@ from flax import nnx
 
 from flame_jax.config import HeadConfig
 from flame_jax.models.params import Param, constant, normal
+from flame_jax.pallas_kernels.rows import linear, wide_linear
 
 
 def head_weights(rngs: nnx.Rngs, config: HeadConfig, width: int, tasks: int) -> nnx.Dict[Param]:
@@ -34,11 +35,24 @@ def expert_head(weights: dict[str, jax.Array], y: jax.Array) -> jax.Array:
     Returns:
         float32[C, tasks].
     """
-    w = {name: leaf.astype(y.dtype) for name, leaf in weights.items()}
-    experts = jax.nn.relu(jnp.einsum("cm,emh->ech", y, w["expert_w"]) + w["expert_b"][:, None])
-    mix = jnp.einsum("cm,tme->tce", y, w["mix_w"]) + w["mix_b"][:, None]
-    shares = jax.nn.softmax(mix.astype(jnp.float32), axis=-1).astype(y.dtype)
-    mixed = jnp.einsum("tce,ech->tch", shares, experts)
-    tower = jax.nn.relu(jnp.einsum("tch,thk->tck", mixed, w["tower_w"]) + w["tower_b"][:, None])
-    logits = jnp.einsum("tck,tk->ct", tower.astype(jnp.float32), weights["logit_w"])
-    return logits + weights["logit_b"]
+    count, tasks = len(weights["expert_w"]), len(weights["mix_w"])
+    # A product per expert and task, over copies that are never made, takes the weights as they are stored; of one
+    # product over them all, XLA would transpose the weights for every batch.
+    own = jnp.broadcast_to(y, (count, *y.shape))
+    experts = jax.nn.relu(wide_linear(own, weights["expert_w"], weights["expert_b"])).astype(y.dtype)
+    mixed = jnp.broadcast_to(experts, (tasks, *experts.shape[1:])) if count == 1 else _mixed(weights, y, experts)
+    tower = jax.nn.relu(linear(mixed, weights["tower_w"], weights["tower_b"])).astype(jnp.float32)
+    logits = (tower * weights["logit_w"][:, None]).sum(axis=-1) + weights["logit_b"][:, None]
+    return logits.T
+
+
+def _mixed(weights: dict[str, jax.Array], y: jax.Array, experts: jax.Array) -> jax.Array:
+    """Each task's mixture of the experts [experts, C, h]: [tasks, C, h]."""
+    own = jnp.broadcast_to(y, (len(weights["mix_w"]), *y.shape))
+    # Rounded, unlike the experts: XLA would merge products of one kind, and put their weights together for every batch.
+    shares = jax.nn.softmax(linear(own, weights["mix_w"], weights["mix_b"]).astype(jnp.float32), axis=-1)
+    # Experts are few: a sum of products is one kernel with the softmax.
+    mixed = shares[..., 0, None] * experts[0]
+    for e in range(1, len(experts)):
+        mixed += shares[..., e, None] * experts[e]
+    return mixed.astype(y.dtype)

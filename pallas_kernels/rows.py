@@ -32,3 +32,8 @@ def layer_norm(x: jax.Array, scale: jax.Array, shift: jax.Array, epsilon: float 
 def linear(x: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
     """x [..., n, i] @ weight [..., i, o] + bias [..., o], in x's dtype."""
     return x @ weight.astype(x.dtype) + bias.astype(x.dtype)[..., None, :]
+
+
+def wide_linear(x: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
+    """The same in float32, not rounded: XLA adds the bias, and rounds what follows, in the product's own kernel."""
+    return jnp.matmul(x, weight.astype(x.dtype), preferred_element_type=jnp.float32) + bias[..., None, :]

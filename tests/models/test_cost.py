@@ -117,6 +117,7 @@ MODELS = {
         TWO_BLOCKS,
     ),
     "transformer": (replace(SIZES, architecture="transformer"), ONE_BLOCK),
+    "one_expert": (replace(SIZES, architecture="transformer", head=HeadConfig(1, 5, 3)), ONE_BLOCK),
     "one_layer": (replace(SIZES, architecture="transformer", layers=1), ONE_BLOCK),
     "dlrm_v3": (replace(SIZES, architecture="hstu", hstu=HSTU), ONE_BLOCK),
     "recsys_examples": (
@@ -156,7 +157,10 @@ def test_a_buckets_cost_is_the_matrix_products_of_its_program(name: str, bucket:
     own_values = len(schema.blocks) * rows * 2 * 2 * value
     fused = config.architecture == "climber" and config.climber.fusion
     between_blocks = bucket.candidates * 2 * 2 * 2 * 2 * (4 + 4) if fused else 0
-    expected = matrix_products(program.jaxpr) + own_values + between_blocks
+    # And so are, for each of 2 tasks, the head's mixing of experts of 5 numbers and the last step of towers of 3.
+    mixed = config.head.experts * 5 if config.head.experts > 1 else 0
+    head = bucket.candidates * 2 * 2 * (mixed + 3)
+    expected = matrix_products(program.jaxpr) + own_values + between_blocks + head
     assert bucket_cost(config, schema, LAYOUT, bucket) == expected
 
 
