@@ -15,7 +15,7 @@ from flame_jax.models.params import Param, constant, normal
 from flame_jax.models.ranker import Packed, Ranker
 from flame_jax.pallas_kernels.post_attention.api import post_attention
 from flame_jax.pallas_kernels.post_attention.types import Projection
-from flame_jax.pallas_kernels.rows import Drop, linear
+from flame_jax.pallas_kernels.rows import Drop, linear, wide_linear
 from flame_jax.pallas_kernels.sumi_attention.types import LogBias, Softmax
 from flame_jax.schema import FeatureSchema
 
@@ -72,10 +72,7 @@ class Climber(Ranker):
                 drop=drop,
                 implementation=packed.kernels.post_attention,
             )
-        if fusion is not None:
-            x = self._fuse(x, qkv, fusion, packed, drop)
-        bits = jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)
-        return self._gated(bits) if fusion is not None else bits
+        return _side_by_side(x) if fusion is None else self._gated(self._fuse(x, qkv, fusion, packed, drop))
 
     def _temperature(self, weights: Weights, stack: tuple[int, ...]) -> jax.Array:
         """float32[*stack, scenarios, heads]."""
@@ -86,20 +83,31 @@ class Climber(Ranker):
     def _fuse(self, x: jax.Array, qkv: list[jax.Array], fusion: Weights, packed: Packed, drop: Drop) -> jax.Array:
         """A layer in which the blocks of a candidate attend to one another: [blocks, C, d] -> the same."""
         q, k, v = (y.reshape(*y.shape[:-1], self.config.heads, -1).astype(jnp.float32) for y in qkv)
+        k, v = (jnp.moveaxis(y, 0, -2) for y in (k, v))  # [C, H, blocks, h]
         temperature = packed.per_candidate(self._temperature(fusion, ())[packed.tail.scenario])
-        # Blocks are few: sums of products, where a matrix product would be a tiny one per candidate and head.
-        logits = (q[:, None] * k[None]).sum(axis=-1) / temperature
-        shares = jax.nn.softmax(logits, axis=1)
-        attended = merge_heads((shares[..., None] * v[None]).sum(axis=1)).astype(x.dtype)
+        # Blocks are few: sums of products, where a matrix product would be a tiny one per candidate and head. Sums over
+        # the last axis, so that XLA makes one kernel of all this.
+        logits = (q[..., None, :] * k).sum(axis=-1) / temperature[..., None]
+        shares = jax.nn.softmax(logits, axis=-1)
+        attended = merge_heads((shares[..., None] * v).sum(axis=-2)).astype(x.dtype)
         rows = {name: weight[None, None] for name, weight in fusion.items() if name != "temperature"}
         (x,) = post_attention(attended, x, rows, 0, drop=drop, implementation=packed.kernels.post_attention)
         return x
 
-    def _gated(self, bits: jax.Array) -> jax.Array:
-        """Bit-wise gating: [C, blocks * d] -> the same."""
+    def _gated(self, x: jax.Array) -> jax.Array:
+        """Bit-wise gating: [blocks, C, d] -> [C, blocks * d]."""
         gate = {name: leaf[...] for name, leaf in self.gate.items()}
-        squeezed = jax.nn.relu(linear(bits, gate["squeeze_w"], gate["squeeze_b"]))
-        return bits * jax.nn.sigmoid(linear(squeezed, gate["excite_w"], gate["excite_b"]))
+        # Block by block: a product over all bits would want them copied side by side.
+        squeeze = gate["squeeze_w"].reshape(len(x), x.shape[-1], -1).astype(x.dtype)
+        squeezed = jnp.matmul(x, squeeze, preferred_element_type=jnp.float32).sum(axis=0)
+        squeezed = jax.nn.relu(squeezed + gate["squeeze_b"]).astype(x.dtype)
+        excited = wide_linear(squeezed, gate["excite_w"], gate["excite_b"])
+        return _side_by_side(x) * jax.nn.sigmoid(excited).astype(x.dtype)
+
+
+def _side_by_side(x: jax.Array) -> jax.Array:
+    """[blocks, n, d] -> [n, blocks * d]."""
+    return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)
 
 
 def _only(fusion: Weights) -> Projection:
