@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import jax
 import jax.numpy as jnp
 
@@ -18,6 +20,9 @@ from flame_jax.pallas_kernels.segments import per_row, tiles
 # Columns of a job. One history length per block follows.
 FIRST_ROW, ROWS, KEY_START, POSITION, IS_HISTORY, JOB_SCENARIO, JOB_REQUEST, JOB_LENGTH = range(8)
 
+FEW = 32
+"""Jobs whose thread blocks a GPU runs all at once, whatever they are multiplied with."""
+
 
 def jobs(rows: jax.Array, *, align: int, first: int, last: int, size: int) -> jax.Array:
     """Cut the token rows [first, last) into tiles of at most `size` rows that never belong to two requests.
@@ -26,8 +31,9 @@ def jobs(rows: jax.Array, *, align: int, first: int, last: int, size: int) -> ja
     candidates without a history, so that a kernel writes something finite there.
 
     Args:
-        rows: int32[R, 5 + blocks], the request rows of the packed layout; an unused row holds zeros. Where histories
-            lie in pages, those of `segments.histories_elsewhere`: then all jobs are of candidates.
+        rows: int32[R, 5 + blocks], the request rows of the packed layout in the order of `packing.place`; an unused row
+            holds zeros. Where histories lie in pages, those of `segments.histories_elsewhere`: then all jobs are of
+            candidates.
         align: the layout's alignment; `first`, `last` and `size` are multiples of it.
 
     Returns:
@@ -35,43 +41,42 @@ def jobs(rows: jax.Array, *, align: int, first: int, last: int, size: int) -> ja
         request; position of the first row in its history; whether it lies in the history; scenario; the request's
         number; keys per block.
     """
-    lengths = rows[:, HISTORY_LENGTH:]
-    used = rows[:, CANDIDATE_COUNT] > 0
-    history = _aligned(lengths.max(axis=1), align)
-    begin = rows[:, HISTORY_START]
-    gap = jnp.where(used, begin + history, 0).max(keepdims=True)
-    gap_end = jnp.where(used, rows[:, CANDIDATE_START], last).min(keepdims=True)
-    nobody = jnp.zeros((1,), jnp.int32)
-
-    def parts(of_history: jax.Array, of_candidates: jax.Array, of_nobody: jax.Array) -> jax.Array:
-        return jnp.concatenate([of_history, of_candidates, of_nobody])
-
-    candidates = _aligned(rows[:, CANDIDATE_COUNT], align)
-    start = parts(begin, rows[:, CANDIDATE_START], gap)
-    end = start + parts(history, candidates, gap_end - gap)
-    start = jnp.maximum(start, first)
-    count = jnp.maximum(end - start, 0)
-    key_start = parts(begin, begin, nobody)
-    scenario = parts(rows[:, SCENARIO], rows[:, SCENARIO], nobody)
-    is_history = parts(jnp.ones_like(begin), jnp.zeros_like(begin), nobody)
+    lengths = list(rows[:, HISTORY_LENGTH:].T)
+    begin, candidates = rows[:, HISTORY_START], rows[:, CANDIDATE_START]
+    end = begin + _aligned(reduce(jnp.maximum, lengths), align)
     each = jnp.arange(len(rows), dtype=jnp.int32)
-    request = parts(each, each, nobody)
-    lengths = jnp.concatenate([lengths, lengths, jnp.zeros_like(lengths[:1])])
+    # Nobody's rows follow the last history: what is free after any other is nothing.
+    following = jnp.pad(rows[1:], ((0, 1), (0, 0)))
+    free = jnp.where(rows[:, CANDIDATE_COUNT] > 0, candidates, jnp.where(each == 0, last, 0))
+    free = jnp.where(following[:, CANDIDATE_COUNT] > 0, following[:, HISTORY_START], free)
+    starts = [jnp.maximum(start, first) for start in (begin, candidates, end)]
+    ends = [end, candidates + _aligned(rows[:, CANDIDATE_COUNT], align), free]
 
-    # All pairs of parts, and of jobs and parts, are few: comparing them is one small program where scans are many.
-    tiles = -(-count // size)
-    order = jnp.arange(len(tiles), dtype=jnp.int32)
-    ends = jnp.where(order[:, None] >= order, tiles, 0).sum(axis=1)
-    number = jnp.arange(limit(last - first, len(rows), align, size), dtype=jnp.int32)
-    part = jnp.minimum((number[:, None] >= ends).sum(axis=1), len(tiles) - 1)
-    columns = jnp.stack([start, count, key_start, is_history, scenario, request, ends - tiles], axis=1)
-    chosen = jnp.concatenate([columns, lengths], axis=1)[part]
-    begin, count, key_start, is_history, scenario, request, before = chosen[:, :7].T
-    offset = (number - before) * size
-    row = begin + offset
-    count, position = jnp.clip(count - offset, 0, size), row - key_start
-    fields = [row - first, count, key_start, position, is_history, scenario, request]
-    return jnp.concatenate([jnp.stack(fields, axis=1), chosen[:, 7:]], axis=1).astype(jnp.int32)
+    # Few jobs are numbered by their rows instead of one after another: unused thread blocks between others cost nothing
+    # where all run at once, and a kernel is saved.
+    number = jnp.arange(limit(last - first, len(rows), align, size), dtype=jnp.int32)[:, None]
+    if len(number) == (last - first) // align <= FEW:
+        unit, before = align, [(start - first) // align for start in starts]
+    else:
+        unit, before = size, _before([-(-(end - start) // size) for start, end in zip(starts, ends, strict=True)])
+
+    # All pairs of jobs and parts are few: a sum over them is one small kernel, where a gather is two.
+    def part(kind: int, key_start: jax.Array, *more: jax.Array) -> jax.Array:
+        """int32[jobs, columns, R] of histories (0), candidates (1) or nobody's rows (2): zeros for jobs of others."""
+        start, count, offset = starts[kind], ends[kind] - starts[kind], (number - before[kind]) * unit
+        own, row = (offset >= 0) & (offset < count) & (offset % size == 0), start + offset
+        columns = [row - first, jnp.minimum(count - offset, size), key_start, row - key_start, *more]
+        return jnp.stack([jnp.where(own, column, 0) for column in columns], axis=1)
+
+    zeros, request = jnp.zeros_like(each), (rows[:, SCENARIO], each, *lengths)
+    histories = part(0, begin, zeros + 1, *request)
+    return (histories + part(1, begin, zeros, *request) + part(2, *[zeros] * (len(request) + 2))).sum(axis=-1)
+
+
+def _before(counts: list[jax.Array]) -> list[jax.Array]:
+    """What all numbers before each of these add up to; negative ones count as 0."""
+    flat = jnp.maximum(jnp.concatenate(counts), 0)
+    return jnp.split(jnp.where(jnp.tri(len(flat), k=-1, dtype=bool), flat, 0).sum(axis=1), len(counts))
 
 
 def limit(rows: int, requests: int, align: int, size: int) -> int:
