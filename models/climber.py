@@ -13,10 +13,10 @@ from flame_jax.config import ModelConfig
 from flame_jax.models.layers import Weights, merge_heads
 from flame_jax.models.params import Param, constant, normal
 from flame_jax.models.ranker import Packed, Ranker
+from flame_jax.pallas_kernels.layer_stack.api import layer_stack
 from flame_jax.pallas_kernels.post_attention.api import post_attention
 from flame_jax.pallas_kernels.post_attention.types import Projection
-from flame_jax.pallas_kernels.rows import Drop, linear, wide_linear
-from flame_jax.pallas_kernels.sumi_attention.types import LogBias, Softmax
+from flame_jax.pallas_kernels.rows import Drop, wide_linear
 from flame_jax.schema import FeatureSchema
 
 
@@ -47,31 +47,23 @@ class Climber(Ranker):
 
     def represent(self, x: jax.Array, packed: Packed, drop: Drop) -> jax.Array:
         """[blocks, T, d] -> [C, blocks * d]."""
-        depth, heads = self.config.layers, self.config.heads
         stack = {name: leaf[...] for name, leaf in self.layers.items()}
-        rows = {name: weight for name, weight in stack.items() if name not in ("temperature", "bias")}
-        temperature = self._temperature(stack, (depth, len(self.schema.blocks)))
         fusion = {name: leaf[...] for name, leaf in self.fusion.items()} if self.config.climber.fusion else None
-        qkv = list(jnp.split(linear(x, stack["qkv_w"][0], stack["qkv_b"][0]), 3, axis=-1))
-        for index in range(depth):
-            attention = packed.attention(
-                Softmax(temperature, index), bias=LogBias(stack["bias"], index) if "bias" in stack else None
-            )
-            first = packed.first_candidate if index == depth - 1 else 0
-            q, k, v = (y.reshape(*y.shape[:-1], heads, -1) for y in qkv)
-            attended = merge_heads(attention(q[:, first:], k, v))
-            following: Projection | None = Projection(stack["qkv_w"], stack["qkv_b"], index + 1)
-            if index == depth - 1:
-                following = None if fusion is None else _only(fusion)
-            x, *qkv = post_attention(
-                attended,
-                x[:, first:],
-                rows,
-                index,
-                following=following,
-                drop=drop,
-                implementation=packed.kernels.post_attention,
-            )
+        x, *qkv = layer_stack(
+            x,
+            {name: weight for name, weight in stack.items() if name not in ("temperature", "bias")},
+            packed.rows,
+            packed.time,
+            temperature=self._temperature(stack, (self.config.layers, len(self.schema.blocks))),
+            coefficients=stack.get("bias"),
+            following=None if fusion is None else _only(fusion),
+            first_candidate=packed.first_candidate,
+            align=packed.align,
+            window=packed.window,
+            tiles_at_once=packed.tiles_at_once,
+            drop=drop,
+            kernels=packed.kernels,
+        )
         return _side_by_side(x) if fusion is None else self._gated(self._fuse(x, qkv, fusion, packed, drop))
 
     def _temperature(self, weights: Weights, stack: tuple[int, ...]) -> jax.Array:

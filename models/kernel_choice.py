@@ -15,6 +15,8 @@ HOPPER = "9.0"
 """The compute capability that the kernels are written for."""
 
 _ROW_WISE = {"climber": ("post_attention",), "hstu": ("pre_attention", "gated_output")}
+_WHOLE = {"climber": "layer_stack"}
+"""Operations made of the others: no model lacks anything where there is no kernel of these."""
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +46,8 @@ def choose_kernels(
         if reason:
             log.warning("model %s: %s is not fused: %s", model.name, operation, reason)
     fused: dict[str, Implementation] = {operation: "mosaic" for operation, reason in misfits.items() if not reason}
+    if len(fused) == len(misfits) and _has_whole(model, layout):
+        fused[_WHOLE[model.architecture]] = "mosaic"
     return REFERENCE._replace(**fused)
 
 
@@ -53,8 +57,21 @@ def operations(model: ModelConfig) -> tuple[str, ...]:
 
 
 def in_use(model: ModelConfig, kernels: Kernels) -> dict[str, str]:
-    """Implementation per operation of this model."""
-    return {operation: getattr(kernels, operation) for operation in operations(model)}
+    """Implementation per operation of this model; of one that others make up only if there is a kernel."""
+    whole = _WHOLE.get(model.architecture)
+    more = (whole,) if whole and getattr(kernels, whole) != "xla" else ()
+    return {operation: getattr(kernels, operation) for operation in (*operations(model), *more)}
+
+
+def _has_whole(model: ModelConfig, layout: Layout) -> bool:
+    if model.architecture not in _WHOLE:
+        return False
+    from flame_jax.pallas_kernels.layer_stack import mosaic
+
+    dtype = jnp.dtype(model.dtype)
+    return model.head_dim * model.heads == model.width and not mosaic.misfit(
+        dtype, model.width, model.heads, model.ffn, layout.align
+    )
 
 
 def _misfits(model: ModelConfig, layout: Layout) -> dict[str, str]:

@@ -8,12 +8,16 @@ Implementation = Literal["xla", "mosaic"]
 
 
 class Kernels(NamedTuple):
-    """Implementation per operation: `xla`, the reference in jax.numpy, or `mosaic`, a kernel for Hopper GPUs."""
+    """Implementation per operation: `xla`, the reference in jax.numpy, or `mosaic`, a kernel for Hopper GPUs.
+
+    `layer_stack` holds others; its `xla` is one layer after another, on the implementations of those.
+    """
 
     sumi_attention: Implementation = "xla"
     post_attention: Implementation = "xla"
     pre_attention: Implementation = "xla"
     gated_output: Implementation = "xla"
+    layer_stack: Implementation = "xla"
 
 
 REFERENCE = Kernels()

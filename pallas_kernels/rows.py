@@ -37,3 +37,9 @@ def linear(x: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
 def wide_linear(x: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
     """The same in float32, not rounded: XLA adds the bias, and rounds what follows, in the product's own kernel."""
     return jnp.matmul(x, weight.astype(x.dtype), preferred_element_type=jnp.float32) + bias[..., None, :]
+
+
+def thirds(qkv: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """[..., 3 * n] -> q, k, v of [..., n]."""
+    q, k, v = jnp.split(qkv, 3, axis=-1)
+    return q, k, v

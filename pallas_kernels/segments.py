@@ -68,3 +68,15 @@ def tiles(rows: jax.Array, *, align: int, first: int, last: int) -> Tiles:
         is_history=history.any(axis=1),
         scenario=jnp.where(used, rows[request, SCENARIO], 0),
     )
+
+
+def owned(rows: jax.Array, tokens: int, *, align: int) -> jax.Array:
+    """bool[blocks, tokens]: which token rows are a request's, of a history in that block or a candidate."""
+    every = tiles(rows, align=align, first=0, last=tokens)
+    offset = every.start[:, None] + jnp.arange(align, dtype=jnp.int32)
+    own = rows[every.request]
+    begin = jnp.where(every.is_history, own[:, HISTORY_START], own[:, CANDIDATE_START])
+    candidates = own[:, CANDIDATE_COUNT][:, None]
+    count = jnp.where(every.is_history[:, None], every.history_length, candidates)  # [tiles, blocks]
+    position = (offset - begin[:, None])[None]
+    return ((position >= 0) & (position < count.T[..., None])).reshape(count.shape[1], tokens)

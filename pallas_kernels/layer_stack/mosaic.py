@@ -15,6 +15,8 @@ from flame_jax.pallas_kernels.hopper import MULTIPROCESSORS, TILE, kernel
 from flame_jax.pallas_kernels.layer_stack.mosaic_body import body
 from flame_jax.pallas_kernels.layer_stack.mosaic_form import WIDTH, Form
 from flame_jax.pallas_kernels.post_attention.types import Projection, layer_weights
+from flame_jax.pallas_kernels.rows import linear, thirds
+from flame_jax.pallas_kernels.segments import owned
 from flame_jax.pallas_kernels.sumi_attention.schedule import jobs, key_logs, limit, pair_logs
 
 LONGEST = 2048
@@ -24,7 +26,6 @@ the GPU at once, beside those of other streams."""
 
 def layer_stack(
     x: jax.Array,
-    qkv: tuple[jax.Array, jax.Array, jax.Array],
     weights: Mapping[str, jax.Array],
     rows: jax.Array,
     time: jax.Array,
@@ -37,32 +38,19 @@ def layer_stack(
     align: int,
     interpret: bool = False,
 ) -> tuple[jax.Array, ...]:
-    """All layers of a stack: SUMI attention with softmax, then `post_attention`.
+    """See `api.layer_stack`.
 
     Args:
-        x: [blocks, T, 128], the first layer's input.
-        qkv: of the first layer, [blocks, T, 128] each, two heads of 64 side by side.
-        weights: name -> [layers, blocks, ...], those of `post_attention` and `qkv_w`, `qkv_b`.
-        rows: int32[R, 5 + blocks], the packed layout's request rows.
-        time: int32[blocks, T], seconds.
-        temperature: float32[layers, blocks, scenarios, 2].
-        coefficients: float32[layers, blocks, scenarios, 2, 3] of the log bias, if there is one.
-        following: what follows the last layer.
-        first_candidate: token row of the bucket's first candidate row.
-        window: longest history of any request, in rows.
         interpret: run on the CPU, slowly, and a launch per layer: thread blocks run one after another there.
-
-    Returns:
-        x of the candidate rows, [blocks, T - first_candidate, 128]; q, k and v of what follows, if anything does.
 
     Raises:
         ValueError: `misfit` has something against it, or not all thread blocks would be on the GPU at once.
     """
-    depth, (_, tokens, width) = len(weights["out_w"]), x.shape
-    if reason := misfit(x.dtype, width, temperature.shape[-1], weights["ffn1_w"].shape[-1], window, align):
+    depth, (blocks, tokens, width) = len(weights["out_w"]), x.shape
+    if reason := misfit(x.dtype, width, temperature.shape[-1], weights["ffn1_w"].shape[-1], align):
         raise ValueError(f"a layer stack on Mosaic GPU: {reason}")
-    if not fits(*x.shape[:2], len(rows), align):
-        raise ValueError(f"a layer stack on Mosaic GPU: {x.shape[:2]} rows are too many at once")
+    if not fits(blocks, tokens, len(rows), window, align):
+        raise ValueError(f"a layer stack on Mosaic GPU: {x.shape[:2]} rows, or histories of {window}, are too many")
     form = Form(
         layers=depth,
         first=0,
@@ -86,18 +74,20 @@ def layer_stack(
     if following is not None:
         own = slice(following.layer, following.layer + 1)
         stack += [following.weight[own].astype(x.dtype), following.bias[own].astype(jnp.float32)]
-    state: list[jax.Array] = [x, *qkv]
+    # Rows of no request hold what an earlier batch left. A weight of 0 would not silence a NaN there.
+    x = jnp.where(owned(rows, tokens, align=align)[..., None], x, jnp.zeros((), x.dtype))
+    state = [x, *thirds(linear(x, weights["qkv_w"][0], weights["qkv_b"][0]))]
     for first in range(0, depth, form.count):
         state = _call([*fixed, *state, *numbers, *stack], replace(form, first=first))
     return tuple(state)
 
 
-def fits(blocks: int, tokens: int, requests: int, align: int) -> bool:
-    """Whether there is a multiprocessor for every thread block: they wait for each other."""
-    return blocks * limit(tokens, requests, align, TILE) <= MULTIPROCESSORS
+def fits(blocks: int, tokens: int, requests: int, window: int, align: int) -> bool:
+    """Whether a batch's rows are few enough: there is a multiprocessor for every thread block."""
+    return blocks * limit(tokens, requests, align, TILE) <= MULTIPROCESSORS and window <= LONGEST
 
 
-def misfit(dtype: Any, width: int, heads: int, hidden: int, window: int, align: int) -> str:
+def misfit(dtype: Any, width: int, heads: int, hidden: int, align: int) -> str:
     """Why the kernel can't do this; empty where it can."""
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"dtype {jnp.dtype(dtype)} is not bfloat16 or float16"
@@ -105,10 +95,8 @@ def misfit(dtype: Any, width: int, heads: int, hidden: int, window: int, align: 
         return f"a model of width {width} with {heads} heads is not one of {WIDTH} with heads of {TILE}"
     if hidden % WIDTH:
         return f"a hidden layer of {hidden} columns is no multiple of {WIDTH}"
-    if align % TILE:
-        return f"the layout's alignment of {align} is no multiple of {TILE}"
-    if window > LONGEST:
-        return f"histories have up to {window} rows, not {LONGEST}"
+    if align != TILE:
+        return f"the layout's alignment is {align}, not {TILE}"
     return ""
 
 

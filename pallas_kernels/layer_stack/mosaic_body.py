@@ -26,7 +26,10 @@ def body(*refs: Any, form: Form) -> None:
     """The kernel; its operands are those of `mosaic._call`."""
     tiles = partial(tile_memory, rows=TILE, width=TILE)
     memory = Memory(
-        *[tiles(HALVES, dtype=form.dtype) for _ in range(4)],
+        x=tiles(HALVES, dtype=form.dtype),
+        q=tiles(HALVES, dtype=form.dtype),
+        k=tiles(HALVES, dtype=form.dtype),
+        v=tiles(HALVES, dtype=form.dtype),
         moments=plgpu.SMEM((HALVES, 2, TILE), jnp.float32),
         vectors=plgpu.SMEM((2, sum(form.vectors)), jnp.float32),
         key_logs=plgpu.SMEM((form.window // TILE, 2, TILE), jnp.float32) if form.biased else None,

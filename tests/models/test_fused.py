@@ -19,6 +19,7 @@ from flame_jax.models.registry import make_ranker
 from flame_jax.packing import Bucket, Layout
 from flame_jax.pallas_kernels.gated_output import mosaic as gated_output
 from flame_jax.pallas_kernels.kernels import REFERENCE, Kernels
+from flame_jax.pallas_kernels.layer_stack import mosaic as layer_stack
 from flame_jax.pallas_kernels.post_attention import mosaic as post_attention
 from flame_jax.pallas_kernels.pre_attention import mosaic as pre_attention
 from flame_jax.pallas_kernels.sumi_attention import mosaic as sumi_attention
@@ -40,13 +41,14 @@ HSTU = replace(CLIMBER, architecture="hstu", hstu=HstuConfig(variant="dlrm_v3", 
 TWO_BLOCKS = FeatureSchema(scenarios=("a", "b"), blocks=(Block("x"), Block("y")), block_length=64)
 ONE_BLOCK = replace(TWO_BLOCKS, blocks=(Block("x"),))
 FUSED = Kernels("mosaic", "mosaic", "mosaic", "mosaic")
+WHOLE = replace(CLIMBER, width=128, head_dim=64)
 FUSED_CLIMBER = REFERENCE._replace(sumi_attention="mosaic", post_attention="mosaic")
 FUSED_HSTU = FUSED._replace(post_attention="xla")
 
 
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (sumi_attention, post_attention, pre_attention, gated_output):
+    for module in (sumi_attention, post_attention, pre_attention, gated_output, layer_stack):
         name = module.__name__.split(".")[-2]
         monkeypatch.setattr(module, name, partial(getattr(module, name), interpret=True))
 
@@ -54,10 +56,15 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize(
     ("config", "schema", "lengths"),
-    [(CLIMBER, TWO_BLOCKS, [[60, 20], [0, 0]]), (HSTU, ONE_BLOCK, [[60], [0]])],
-    ids=["climber", "hstu"],
+    [
+        (CLIMBER, TWO_BLOCKS, [[60, 20], [0, 0]]),
+        (WHOLE, TWO_BLOCKS, [[60, 20], [0, 0]]),
+        (HSTU, ONE_BLOCK, [[60], [0]]),
+    ],
+    ids=["climber", "layers in one kernel", "hstu"],
 )
 def test_fused_scores_are_the_references(config: ModelConfig, schema: FeatureSchema, lengths: list[list[int]]) -> None:
+    chosen = choose_kernels(config, LAYOUT, "9.0")
     random = np.random.default_rng(0)
     model = make_ranker(config, schema, ROWS, rngs=nnx.Rngs(0))
     state = jax.tree.map(lambda w: w + 0.1 * random.normal(size=w.shape).astype(w.dtype), nnx.state(model, nnx.Param))
@@ -67,7 +74,7 @@ def test_fused_scores_are_the_references(config: ModelConfig, schema: FeatureSch
     fields = {name: jnp.asarray(field) for name, field in packed.fields.items()}
     plain, fused = (
         np.asarray(jax.jit(partial(model, layout=LAYOUT, candidates=BUCKET.candidates, kernels=kernels))(fields))
-        for kernels in (REFERENCE, FUSED)
+        for kernels in (REFERENCE, chosen)
     )
     assert np.isfinite(fused).all()
     first = BUCKET.tokens - BUCKET.candidates
@@ -80,6 +87,13 @@ def test_fused_scores_are_the_references(config: ModelConfig, schema: FeatureSch
 def test_a_hopper_gets_every_kernel_there_is() -> None:
     assert choose_kernels(CLIMBER, LAYOUT, "9.0") == FUSED_CLIMBER
     assert choose_kernels(HSTU, LAYOUT, "9.0") == FUSED_HSTU
+    assert choose_kernels(WHOLE, LAYOUT, "9.0") == FUSED_CLIMBER._replace(layer_stack="mosaic")
+    assert choose_kernels(WHOLE, Layout(align=16, max_requests=4), "9.0").layer_stack == "xla"
+    assert in_use(WHOLE, FUSED._replace(layer_stack="mosaic")).keys() == {
+        "sumi_attention",
+        "post_attention",
+        "layer_stack",
+    }
     assert in_use(HSTU, FUSED) == dict.fromkeys(("sumi_attention", "pre_attention", "gated_output"), "mosaic")
     assert in_use(CLIMBER, FUSED) == dict.fromkeys(("sumi_attention", "post_attention"), "mosaic")
 
