@@ -62,6 +62,8 @@ def embed_tokens(
     else:
         x = _rows_or_none(item[...], packed["item"], schema)
     x += _rows_or_none(action[...], packed["action"], schema)
+    if not schema.features:
+        return x
     candidates = len(tail.start) * align
     extra = jnp.zeros((candidates, x.shape[-1]), x.dtype)
     request = per_row(tail.request, align)

@@ -13,7 +13,7 @@ from flame_jax.models.layers import Attention, Weights
 from flame_jax.models.meta_stu import stack_from_meta
 from flame_jax.models.one_block import OneBlockRanker
 from flame_jax.models.params import normal
-from flame_jax.models.positions import query_times
+from flame_jax.models.positions import once_per_token, query_times
 from flame_jax.models.ranker import Packed
 from flame_jax.pallas_kernels.rows import Drop
 from flame_jax.pallas_kernels.sumi_attention.types import Silu, TableBias
@@ -63,7 +63,7 @@ class Hstu(OneBlockRanker):
         if config.hstu.time_rows:
             seconds = jnp.maximum(query_times(packed) - packed.time, 0)
             bucket = sqrt_bucket(seconds, SECONDS_PER_STEP, config.hstu.time_rows)
-            x = x + self.time[...].astype(x.dtype)[bucket]
+            x = x + self.time[...].astype(x.dtype)[once_per_token(bucket)]
         return x
 
     def _attention(self, weights: Weights, layer: int, packed: Packed) -> Attention:

@@ -9,7 +9,7 @@ from flax import nnx
 from flame_jax.config import ModelConfig
 from flame_jax.models.embeddings import EMBEDDING_SCALE
 from flame_jax.models.params import constant, normal
-from flame_jax.models.positions import reversed_positions
+from flame_jax.models.positions import once_per_token, reversed_positions
 from flame_jax.models.ranker import Packed, Ranker
 from flame_jax.pallas_kernels.rows import layer_norm
 from flame_jax.schema import FeatureSchema
@@ -34,7 +34,7 @@ class OneBlockRanker(Ranker):
         """Add the position table's rows, counted from the newest event, when there is a table."""
         if not self.config.position_rows:
             return x
-        rows = jnp.minimum(reversed_positions(packed), self.config.position_rows - 1)
+        rows = once_per_token(jnp.minimum(reversed_positions(packed), self.config.position_rows - 1))
         return x + self.position[...].astype(x.dtype)[rows]
 
     def finish(self, x: jax.Array, packed: Packed) -> jax.Array:

@@ -28,3 +28,9 @@ def query_times(packed: Packed) -> jax.Array:
     """int32[T]: the request time of each token's request."""
     every = _all_tiles(packed)
     return per_row(packed.rows[every.request, REQUEST_TIME], packed.align)
+
+
+def once_per_token(rows: jax.Array) -> jax.Array:
+    """The same rows of a table, as an array in memory: XLA would find them anew for every number of the rows."""
+    found: jax.Array = jax.lax.optimization_barrier(rows)
+    return found

@@ -58,7 +58,11 @@ def served_slot(config: ModelConfig, schema: FeatureSchema, layout: Layout, buck
 
 
 def served_specs(config: ModelConfig, schema: FeatureSchema, vocabulary: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Name -> shape and dtype of what lies on the device: tables in `model.table_dtype`, matrices in `model.dtype`."""
+    """Name -> shape and dtype of what lies on the device.
+
+    Tables of items and features are in `model.table_dtype`; matrices, and tables of positions and times, in
+    `model.dtype`.
+    """
     specs = weight_specs(served_model(config, schema, vocabulary))
     return {name: jax.ShapeDtypeStruct(s.shape, _served_dtype(config, name, s.dtype)) for name, s in specs.items()}
 
@@ -82,8 +86,9 @@ def host_item_table(config: ModelConfig, weights: Mapping[str, np.ndarray]) -> n
 def _served_dtype(config: ModelConfig, name: str, dtype: Any) -> Any:
     if name == "item" or name.startswith("features/"):
         return jnp.dtype(config.table_dtype)
-    # Matrices are used in the model's dtype: there they need not be converted for every batch. Logits are float32.
-    return jnp.dtype(config.dtype) if name.endswith("_w") and name != "head/logit_w" else dtype
+    # Used in the model's dtype: there they need not be converted for every batch. Logits are float32.
+    used = name in ("position", "time") or (name.endswith("_w") and name != "head/logit_w")
+    return jnp.dtype(config.dtype) if used else dtype
 
 
 def check_weights(expected: Mapping[str, jax.ShapeDtypeStruct], weights: Mapping[str, Any]) -> None:

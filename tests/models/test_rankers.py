@@ -249,6 +249,14 @@ def test_tables_are_served_in_bfloat16_where_the_model_says_so() -> None:
         )
 
 
+def test_what_is_used_in_the_models_dtype_is_served_in_it() -> None:
+    case = CASES["hstu dlrm_v3 encoded"]
+    specs = served_specs(replace(case.config, dtype="bfloat16"), case.schema, ROWS)
+    small = {name for name, spec in specs.items() if spec.dtype == jax.numpy.bfloat16}
+    assert {"position", "time", "layers/uvqk_w", "head/expert_w"} <= small
+    assert not {"item", "action", "item_bias", "final_scale", "layers/uvqk_b", "head/logit_w"} & small
+
+
 @every_case
 def test_bfloat16_stays_near_float32(name: str) -> None:
     """Tolerance on the probability: 99 % of scores within 0.03, all within 0.08."""
