@@ -71,14 +71,15 @@ def layer_stack(
                 align=align,
             )
     depth, heads = len(temperature), temperature.shape[-1]
-    after = [Projection(weights["qkv_w"], weights["qkv_b"], index) for index in range(1, depth)]
-    found: tuple[jax.Array, ...] = (x, *thirds(linear(x, weights["qkv_w"][0], weights["qkv_b"][0])))
-    for index, projection in enumerate([*after, following]):
+    q, k, v = thirds(linear(x, weights["qkv_w"][0], weights["qkv_b"][0]))
+    if depth == 1:
+        x, q = x[:, first_candidate:], q[:, first_candidate:]
+    found: tuple[jax.Array, ...] = (x, q, k, v)
+    for index in range(depth):
         x, *parts = found
-        first = first_candidate if index == depth - 1 else 0
         q, k, v = (y.reshape(*y.shape[:-1], heads, -1) for y in parts)
         attended = sumi_attention(
-            q[:, first:],
+            q,
             k,
             v,
             rows,
@@ -90,12 +91,16 @@ def layer_stack(
             tiles_at_once=tiles_at_once,
             implementation=kernels.sumi_attention,
         )
+        after = following
+        if index < depth - 1:
+            first = first_candidate if index == depth - 2 else 0
+            after = Projection(weights["qkv_w"], weights["qkv_b"], index + 1, first)
         found = post_attention(
             attended.reshape(*attended.shape[:2], -1),
-            x[:, first:],
+            x,
             weights,
             index,
-            following=projection,
+            following=after,
             drop=drop,
             implementation=kernels.post_attention,
         )

@@ -35,7 +35,8 @@ def post_attention(
         implementation: `mosaic` needs a Hopper GPU and `mosaic.misfit` to find nothing.
 
     Returns:
-        The layer's output [blocks, n, d], and q, k, v of the layer after it, [blocks, n, inner] each.
+        The layer's output [blocks, n, d], and q, k, v of the layer after it, [blocks, n, inner] each; output and q
+        without the rows before `following.first`.
 
     Raises:
         ValueError: the implementation can't do this.
@@ -50,5 +51,5 @@ def post_attention(
     x = reference.post_attention(attended, x, one, drop=drop)
     if following is None:
         return (x,)
-    mixed = linear(x, following.weight[following.layer], following.bias[following.layer])
-    return (x, *jnp.split(mixed, 3, axis=-1))
+    q, k, v = jnp.split(linear(x, following.weight[following.layer], following.bias[following.layer]), 3, axis=-1)
+    return x[:, following.first :], q[:, following.first :], k, v

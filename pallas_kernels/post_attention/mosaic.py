@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -37,7 +38,8 @@ def post_attention(
     blocks, rows, width = x.shape
     *matrices, vectors = layer_weights(weights, x.dtype)
     inner, hidden = attended.shape[-1], weights["ffn1_w"].shape[-1]
-    if reason := misfit(x.dtype, width, inner, hidden, rows):
+    first = 0 if following is None else following.first
+    if reason := misfit(x.dtype, width, inner, hidden, math.gcd(rows, first)):
         raise ValueError(f"post-attention on Mosaic GPU: {reason}")
     after = []
     if following is not None:
@@ -49,6 +51,7 @@ def post_attention(
         inner=inner,
         hidden=hidden,
         rows=rows,
+        first=first,
         projects=following is not None,
         dtype=x.dtype,
         tiling=tiling,
@@ -86,10 +89,10 @@ def misfit(dtype: Any, width: int, inner: int, hidden: int, rows: int) -> str:
 # Layers differ in operands only, so that a stack of them is lowered once.
 @partial(jax.jit, static_argnames="form")
 def _call(operands: list[jax.Array], form: Form) -> tuple[jax.Array, ...]:
-    _, attended, x, *_ = operands
+    x = operands[2]
     blocks = len(x)
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype)]
-    if form.projects:
-        shapes += [jax.ShapeDtypeStruct(attended.shape, x.dtype)] * 3
+    rows = [form.rows - form.first] * 2 + [form.rows] * 2 if form.projects else [form.rows]
+    widths = [form.width] + [form.inner] * 3
+    shapes = [jax.ShapeDtypeStruct((blocks, n, width), x.dtype) for n, width in zip(rows, widths, strict=False)]
     grid = {"worker": min(form.tiles, max(1, MULTIPROCESSORS // blocks)), "block": blocks}
     return tuple(kernel(body, form, shapes, grid=grid)(*operands))

@@ -41,7 +41,7 @@ class _Work(NamedTuple):
     ffn2_w: Any  # [ffn, d]
     vectors: list[Any]  # [d or ffn] each; [3 * inner], where there is a following layer
     next_w: Any  # [d, 3 * inner]
-    outputs: list[Any]  # [rows, d], and three of [rows, inner]
+    outputs: list[Any]  # [rows - first, d], [rows - first, inner], and two of [rows, inner]
     staging: Any  # [warpgroups, inner / chunk, 64, chunk]: attended, then pieces of q, k and v
     rows: Any  # [warpgroups, 64, d]: x, then what the first norm gives, then the second
     vector: Any  # [all the vectors]
@@ -145,8 +145,10 @@ def _first_chunks(tile: jax.Array, form: Form) -> tuple[jax.Array, jax.Array]:
 def _compute(work: _Work, number: jax.Array, wanted: jax.Array, group: jax.Array, form: Form) -> None:
     """One warpgroup's 64 rows of a tile; rows beyond the end are the last ones once more, and are not stored."""
     column, row = _first_chunks(number, form)
-    inside = wanted < form.rows
-    mine = pl.ds(pl.multiple_of(jnp.minimum(wanted, form.rows - TILE), TILE), TILE)
+    start = pl.multiple_of(jnp.minimum(wanted, form.rows - TILE), TILE)
+    mine, inside = pl.ds(start, TILE), wanted < form.rows
+    # Of the output and q.
+    kept, after_first = pl.ds(start - form.first, TILE), jnp.logical_and(inside, wanted >= form.first)
     staging, x = work.staging.at[group], work.rows.at[group]
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what the last tile left there
     for n in range(form.attended_chunks):
@@ -161,12 +163,13 @@ def _compute(work: _Work, number: jax.Array, wanted: jax.Array, group: jax.Array
     y = _ffn(work, column, row + form.attended_chunks, x, staging, form)
     _add_and_norm(x, y, vector(FFN2_B), vector(NORM2_SCALE), vector(NORM2_SHIFT), form)
 
-    @pl.when(inside)
+    @pl.when(after_first)
     def _() -> None:
-        plgpu.copy_smem_to_gmem(x, work.outputs[0].at[mine])
+        plgpu.copy_smem_to_gmem(x, work.outputs[0].at[kept])
 
     if form.projects:
-        _project_next(work, column + form.hidden_chunks, x, staging, inside, mine, form)
+        places = [(after_first, kept), (inside, mine), (inside, mine)]
+        _project_next(work, column + form.hidden_chunks, x, staging, places, form)
 
 
 def _vector(work: _Work, form: Form, index: int, at: Any = 0, size: int | None = None) -> jax.Array:
@@ -257,9 +260,13 @@ def _ffn(work: _Work, column: jax.Array, row: jax.Array, x: Any, staging: Any, f
 
 
 def _project_next(
-    work: _Work, column: jax.Array, x: Any, staging: Any, inside: jax.Array, mine: Any, form: Form
+    work: _Work, column: jax.Array, x: Any, staging: Any, places: list[tuple[jax.Array, Any]], form: Form
 ) -> None:
-    """q, k and v of the following layer; while a chunk is stored, the next one is being computed."""
+    """q, k and v of the following layer; while a chunk is stored, the next one is being computed.
+
+    Args:
+        places: of q, k and v: whether these rows are stored, and where.
+    """
     chunk, slots, last = form.tiling.chunk, form.attended_chunks, form.mixed_chunks - 1
 
     def store(raw: jax.Array, n: Any) -> None:
@@ -267,11 +274,11 @@ def _project_next(
         plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)  # the piece that lay there has left
         staging[slot] = (raw + per_column(_vector(work, form, NEXT_B, n * chunk, chunk), raw)).astype(form.dtype)
         plgpu.commit_smem()
-        for i, output in enumerate(work.outputs[1:]):
+        for i, (output, (stored, rows)) in enumerate(zip(work.outputs[1:], places, strict=True)):
 
-            @pl.when(jnp.logical_and(inside, which == i))
-            def _(output: Any = output) -> None:
-                plgpu.copy_smem_to_gmem(staging.at[slot], output.at[mine, pl.ds(slot * chunk, chunk)])
+            @pl.when(jnp.logical_and(stored, which == i))
+            def _(output: Any = output, rows: Any = rows) -> None:
+                plgpu.copy_smem_to_gmem(staging.at[slot], output.at[rows, pl.ds(slot * chunk, chunk)])
 
     def project(n: Any, do: Callable[[], Any]) -> jax.Array:
         mixed, _ = _while_multiplying(x, work.columns_ring.take(column + n), do)

@@ -29,6 +29,7 @@ class Form:
 
     Attributes:
         rows: of each block.
+        first: rows before it have no output, and no q for the following layer.
         projects: whether it computes the following layer's q, k and v.
     """
 
@@ -36,6 +37,7 @@ class Form:
     inner: int
     hidden: int
     rows: int
+    first: int
     projects: bool
     dtype: Any
     tiling: Tiling

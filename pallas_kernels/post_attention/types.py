@@ -18,11 +18,13 @@ class Projection(NamedTuple):
         weight: [layers, blocks or 1, d, 3 * inner].
         bias: [layers, blocks or 1, 3 * inner].
         layer: which of them.
+        first: rows before it are keys only in that layer: they have neither q nor x.
     """
 
     weight: jax.Array
     bias: jax.Array
     layer: int
+    first: int = 0
 
 
 class LayerWeights(NamedTuple):

@@ -91,6 +91,17 @@ def test_more_tiles_than_workers_with_weights_that_blocks_share(
         np.testing.assert_allclose(np.asarray(mine, np.float32), theirs, rtol=0, atol=0.04)
 
 
+def test_rows_that_are_keys_only_in_the_layer_after_have_no_output() -> None:
+    random = np.random.default_rng(4)
+    w = {name: jnp.asarray(v) for name, v in weights(random, 64).items()}
+    attended, x = (jnp.asarray(random.normal(size=(BLOCKS, 320, 64)), jnp.bfloat16) for _ in range(2))
+    for run in (MOSAIC, post_attention):
+        whole = run(attended, x, w, 0, following=Projection(w["qkv_w"], w["qkv_b"], 1))
+        found = run(attended, x, w, 0, following=Projection(w["qkv_w"], w["qkv_b"], 1, first=192))
+        for mine, first, theirs in zip(found, (192, 192, 0, 0), whole, strict=True):
+            np.testing.assert_array_equal(np.asarray(mine), np.asarray(theirs[:, first:]))
+
+
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
