@@ -52,7 +52,4 @@ def _mixed(weights: dict[str, jax.Array], y: jax.Array, experts: jax.Array) -> j
     # Rounded, unlike the experts: XLA would merge products of one kind, and put their weights together for every batch.
     shares = jax.nn.softmax(linear(own, weights["mix_w"], weights["mix_b"]).astype(jnp.float32), axis=-1)
     # Experts are few: a sum of products is one kernel with the softmax.
-    mixed = shares[..., 0, None] * experts[0]
-    for e in range(1, len(experts)):
-        mixed += shares[..., e, None] * experts[e]
-    return mixed.astype(y.dtype)
+    return (shares[..., None] * jnp.moveaxis(experts, 0, 1)).sum(axis=-2).astype(y.dtype)
