@@ -36,10 +36,18 @@ def per_row(per_tile: jax.Array, align: int) -> jax.Array:
     return jnp.broadcast_to(per_tile[:, None], shape).reshape(-1, *per_tile.shape[1:])
 
 
+def longest(rows: jax.Array) -> jax.Array:
+    """int32[R]: rows of each request's longest history."""
+    # Written out for the few blocks there are: `max` over an axis may be a kernel of its own.
+    found = rows[:, HISTORY_LENGTH]
+    for block in range(HISTORY_LENGTH + 1, rows.shape[1]):
+        found = jnp.maximum(found, rows[:, block])
+    return found
+
+
 def histories_elsewhere(rows: jax.Array, align: int) -> jax.Array:
     """Request rows int32[R, 5 + blocks] of a token axis without histories: they end where it begins."""
-    longest = rows[:, HISTORY_LENGTH:].max(axis=1)
-    return rows.at[:, HISTORY_START].set(-(-(-longest // align) * align))
+    return rows.at[:, HISTORY_START].set(-(-(-longest(rows) // align) * align))
 
 
 def tiles(rows: jax.Array, *, align: int, first: int, last: int) -> Tiles:
@@ -56,7 +64,7 @@ def tiles(rows: jax.Array, *, align: int, first: int, last: int) -> Tiles:
         offset = start[:, None] - begin[None, :]
         return (offset >= 0) & (offset < count[None, :])
 
-    history = inside(rows[:, HISTORY_START], lengths.max(axis=1))
+    history = inside(rows[:, HISTORY_START], longest(rows))
     either = history | inside(rows[:, CANDIDATE_START], rows[:, CANDIDATE_COUNT])
     request = jnp.argmax(either, axis=1).astype(jnp.int32)
     used = either.any(axis=1)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import reduce
-
 import jax
 import jax.numpy as jnp
 
@@ -15,7 +13,7 @@ from flame_jax.packing import (
     REQUEST_TIME,
     SCENARIO,
 )
-from flame_jax.pallas_kernels.segments import per_row, tiles
+from flame_jax.pallas_kernels.segments import longest, per_row, tiles
 
 # Columns of a job. One history length per block follows.
 FIRST_ROW, ROWS, KEY_START, POSITION, IS_HISTORY, JOB_SCENARIO, JOB_REQUEST, JOB_LENGTH = range(8)
@@ -43,7 +41,7 @@ def jobs(rows: jax.Array, *, align: int, first: int, last: int, size: int) -> ja
     """
     lengths = list(rows[:, HISTORY_LENGTH:].T)
     begin, candidates = rows[:, HISTORY_START], rows[:, CANDIDATE_START]
-    end = begin + _aligned(reduce(jnp.maximum, lengths), align)
+    end = begin + _aligned(longest(rows), align)
     each = jnp.arange(len(rows), dtype=jnp.int32)
     # Nobody's rows follow the last history: what is free after any other is nothing.
     following = jnp.pad(rows[1:], ((0, 1), (0, 0)))
@@ -97,7 +95,7 @@ def key_logs(rows: jax.Array, time: jax.Array, *, align: int) -> jax.Array:
     start = jnp.arange(0, tokens, align, dtype=jnp.int32)
     lengths = rows[:, HISTORY_LENGTH:]
     offset = start[:, None] - rows[None, :, HISTORY_START]
-    request = jnp.argmax((offset >= 0) & (offset < lengths.max(axis=1)), axis=1)
+    request = jnp.argmax((offset >= 0) & (offset < longest(rows)), axis=1)
 
     position = jnp.arange(tokens, dtype=jnp.int32) - per_row(rows[request, HISTORY_START], align)
     ahead = per_row(lengths[request], align).T - position
