@@ -12,6 +12,7 @@ import numpy as np
 
 from bench.fke import oracle, pages
 from bench.fke.cases import following, hstu_weights, layer_weights
+from bench.fke.check_stack import check_stack
 from flame_jax.packing import (
     CANDIDATE_START,
     HISTORY_LENGTH,
@@ -93,6 +94,7 @@ def check(report: Report, seed: int = 0) -> None:
     for attention in PAGED:
         _guarded(partial(_check_pages, attention), f"sumi_attention {attention.name}", report, seed)
     _guarded(_check_layer, "post_attention", report, seed)
+    _guarded(partial(check_stack, apart=_report_apart), "layer_stack", report, seed)
     _guarded(_check_before, "pre_attention", report, seed)
     _guarded(_check_after, "gated_output", report, seed)
 
@@ -309,7 +311,9 @@ def _check_after(name: str, report: Report, random: np.random.Generator) -> None
 
 
 def _report_apart(name: str, found: Iterable[jax.Array], expected: Iterable[jax.Array], report: Report) -> None:
-    apart = [np.abs(np.asarray(a, np.float32) - np.asarray(b)) for a, b in zip(found, expected, strict=True)]
+    apart = [
+        np.abs(np.asarray(a, np.float32) - np.asarray(b, np.float32)) for a, b in zip(found, expected, strict=True)
+    ]
     every = np.concatenate([a.ravel() for a in apart])
     good = np.isfinite(every).all() and all(np.quantile(every, s) <= 2 * limit for s, limit in TOLERANCE.items())
     report(f"{name}: {every.max():.4f}", bool(good))

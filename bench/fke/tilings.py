@@ -13,15 +13,15 @@ SHARED_MEMORY = 227 * 1024
 _ROWS = 64
 
 
-def attention_tilings(heads: int, qk_dim: int, v_dim: int) -> list[AttentionTiling]:
-    """Block sizes for heads of these dimensions."""
+def attention_tilings(heads: int, qk_dim: int, v_dim: int, *, biased: bool) -> list[AttentionTiling]:
+    """Block sizes for heads of these dimensions, with the log bias or without one."""
     found = []
     for at_once in sorted({1, most_heads(heads, qk_dim, v_dim)}):
         for warpgroups in (1, 2, 3):
             for keys in (64, 128):
                 for stages in (2, 3, 4):
                     own = warpgroups * _ROWS * at_once * (2 * qk_dim + v_dim) * 2
-                    steps = stages * keys * (at_once * (qk_dim + v_dim) * 2 + 12)
+                    steps = stages * keys * (at_once * (qk_dim + v_dim) * 2 + 16 * biased)
                     # Accumulators of the result and the scores, per thread; more of them spill.
                     registers = at_once * (v_dim + keys) // 2
                     limit = 160 if warpgroups < 3 else 96

@@ -13,17 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from bench.fke import pages
 from bench.fke.cases import CAUSAL, CLIMBER, HSTU, AttentionCase, following, hstu_weights, inputs, layer_weights
 from bench.fke.choice import chosen
 from bench.fke.programs import CHAIN
 from bench.fke.tilings import attention_tilings, input_tilings, layer_tilings, output_tilings
 from bench.threads import lowering_processes, together
 from bench.timing import Launch, side_by_side
+from flame_jax.packing import CANDIDATE_COUNT, CANDIDATE_START, HISTORY_START
 from flame_jax.pallas_kernels.gated_output import mosaic as gated_output
 from flame_jax.pallas_kernels.post_attention import mosaic as post_attention
 from flame_jax.pallas_kernels.pre_attention import mosaic as pre_attention
 from flame_jax.pallas_kernels.sumi_attention import mosaic as sumi_attention
-from flame_jax.pallas_kernels.sumi_attention.types import LogBias, Softmax
+from flame_jax.pallas_kernels.sumi_attention.types import LogBias, Pages, Softmax
 
 BETWEEN = ("climber_long B=8", CAUSAL[1].name, CAUSAL[2].name)
 """Cases whose rows lie between those of others of the same shape: the nearest one's block sizes do."""
@@ -138,7 +140,7 @@ def _attention(case: AttentionCase) -> Shape:
         return q
 
     shape = sumi_attention.tuned_shape(case.heads, case.dim, case.dim, activation, bias, not case.softmax)
-    tilings = attention_tilings(case.heads, case.dim, case.dim)
+    tilings = attention_tilings(case.heads, case.dim, case.dim, biased=bias is not None)
     rows = case.blocks * case.bucket.tokens
     return Shape("sumi_attention", case.name, shape, rows, tilings, run, [*arrays, *given])
 
@@ -195,8 +197,41 @@ def _after(tokens: int) -> Shape:
     return Shape("gated_output", f"{tokens} rows", shape, tokens, output_tilings(), run, operands)
 
 
+def _paged_attention(case: AttentionCase) -> Shape:
+    """Candidates of equal requests, whose histories lie in pages."""
+    (q, k, v, rows, time), activation, bias = inputs(case)
+    first, count = case.bucket.tokens - case.bucket.candidates, len(case.extents)
+    per_request = -(-case.extents[0].history // pages.ROWS)
+    random = jax.random.key(1)
+    shape = (case.blocks, count * per_request, pages.ROWS, case.heads, case.dim)
+    pool = [jax.random.normal(key, shape, k.dtype) for key in jax.random.split(random)]
+    used = rows[:, CANDIDATE_COUNT] > 0
+    rows = rows.at[:, CANDIDATE_START].add(jnp.where(used, -first, 0)).at[:, HISTORY_START].set(0)
+    table = jax.random.permutation(random, count * per_request).reshape(count, per_request).astype(jnp.int32)
+    table = jnp.pad(table, ((0, len(rows) - count), (0, 0)))
+
+    def run(tiling: Any, q: jax.Array, *rest: jax.Array) -> jax.Array:
+        k, v, rows, time, keys, values, table = rest
+        settings: dict[str, Any] = {"activation": activation, "bias": None, "causal": True, "align": 64}
+        for _ in range(CHAIN):
+            history = Pages(keys, values, table, None)
+            q = sumi_attention.sumi_attention(q, k, v, rows, time, **settings, history=history, tiling=tiling)
+        return q
+
+    shape_of = sumi_attention.tuned_shape(case.heads, case.dim, case.dim, activation, bias, causal=False)
+    tilings = [
+        t
+        for t in attention_tilings(case.heads, case.dim, case.dim, biased=bias is not None)
+        if pages.ROWS % t.keys == 0
+    ]
+    operands = [*(x[:, first:] for x in (q, k, v)), rows, time[:, first:], *pool, table]
+    rows_in_all = case.blocks * case.bucket.candidates
+    return Shape("paged_attention", case.name, shape_of, rows_in_all, tilings, run, operands)
+
+
 OPERATIONS: dict[str, list[Callable[[], Shape]]] = {
     "sumi_attention": [partial(_attention, case) for case in ATTENTIONS],
+    "paged_attention": [partial(_paged_attention, case) for case in HSTU],
     "post_attention": [partial(_layer, tokens) for tokens in (384, 3072, 12288, 32768)],
     "pre_attention": [partial(_before, tokens) for tokens in HSTU_ROWS],
     "gated_output": [partial(_after, tokens) for tokens in HSTU_ROWS],

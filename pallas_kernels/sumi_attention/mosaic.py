@@ -46,9 +46,9 @@ def sumi_attention(
     v_dim = v.shape[-1]
     if reason := misfit(v.dtype, qk_dim, v_dim, align, bias):
         raise ValueError(f"SUMI attention on Mosaic GPU: {reason}")
-    shape = tuned_shape(heads, qk_dim, v_dim, activation, bias, causal)
     page_rows = 0 if history is None else history.page_rows
-    tiling = tiling or _in_page(tiling_for(shape, q.shape[0] * q.shape[1]), page_rows)
+    shape = tuned_shape(heads, qk_dim, v_dim, activation, bias, causal and not page_rows)
+    tiling = tiling or _in_page(tiling_for(shape, q.shape[0] * q.shape[1], paged=page_rows > 0), page_rows)
     if page_rows % tiling.keys:
         raise ValueError(f"SUMI attention on Mosaic GPU: a page of {page_rows} rows is no steps of {tiling.keys} keys")
     form = Form(
@@ -129,9 +129,9 @@ def tuned_shape(
     }
 
 
-def tiling_for(shape: Mapping[str, Any], rows: int) -> Tiling:
+def tiling_for(shape: Mapping[str, Any], rows: int, *, paged: bool = False) -> Tiling:
     """The measured one, or else one that fits the registers and the shared memory."""
-    if found := tuned.best("sumi_attention", shape, rows):
+    if found := tuned.best("paged_attention" if paged else "sumi_attention", shape, rows):
         return Tiling(**found)
     if max(shape["qk_dim"], shape["v_dim"]) <= 128:
         return Tiling(warpgroups=2)

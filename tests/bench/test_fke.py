@@ -14,6 +14,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -21,13 +22,15 @@ from bench.baselines.attention import FlashMasked, SplitSoftmax, xla
 from bench.baselines.inputs import Run, packed_run
 from bench.baselines.runs import jax_runs
 from bench.fke import __main__ as command
-from bench.fke import ablation, attention, forward, mixed, passes, programs, roofline, tune
+from bench.fke import ablation, attention, check, check_stack, forward, mixed, passes, programs, roofline, tune
 from bench.fke.cases import CAUSAL, AttentionCase
 from bench.fke.choice import UnknownChoice, chosen, named
 from bench.threads import together
 from bench.timing import side_by_side
 from flame_jax.fke.compile import CompileCounter
-from flame_jax.packing import Extent
+from flame_jax.packing import Bucket, Extent
+from flame_jax.pallas_kernels.kernels import REFERENCE, Kernels
+from flame_jax.pallas_kernels.layer_stack.api import layer_stack
 from tests.bench.test_baselines import inputs
 
 SILU = AttentionCase("silu", 1, 2, 16, softmax=False, extents=(Extent(20, 1),) * 2, align=16)
@@ -359,3 +362,21 @@ def test_tasks_that_fail_do_not_stop_others() -> None:
     made, failed = together({"good": lambda: 3, "bad": lambda: 1 // 0})
     assert made == {"good": 3}
     assert failed == {"bad": "ZeroDivisionError: integer division or modulo by zero"}
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_the_check_of_the_layer_stack_tells_right_from_wrong(right: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, found = check_stack.OURS, dict[str, bool]()
+    monkeypatch.setattr(check_stack, "BUCKET", Bucket(640, 192))
+    monkeypatch.setattr(check_stack, "BATCHES", {"alone": [ours], "among others": [Extent(64, 9), ours]})
+
+    def kernel(*args: Any, kernels: Kernels = REFERENCE, **changed: Any) -> tuple[jax.Array, ...]:
+        found = layer_stack(*args, **changed)
+        return found if kernels == REFERENCE else tuple(jnp.nan_to_num(y) + (0.0 if right else 0.2) for y in found)
+
+    monkeypatch.setattr(check_stack, "layer_stack", kernel)
+    random = np.random.default_rng(0)
+    check_stack.check_stack("stack", found.__setitem__, random, check._report_apart, runs=1)
+    distances = [good for name, good in found.items() if "equal" not in name]
+    assert distances == [right, right]
+    assert all(good for name, good in found.items() if "equal" in name)
