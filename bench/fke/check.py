@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import jax
@@ -241,16 +243,18 @@ def _moved(arrays: list[np.ndarray], time: np.ndarray, row: np.ndarray) -> tuple
 
 def _distance(out: np.ndarray, batch: Batch, form: oracle.Form, about: Attention, first: int = 0) -> tuple[float, bool]:
     """Largest difference from the oracle of token rows from `first` on, and whether all are within the tolerances."""
-    found, largest = [], 1.0
-    for row in batch.rows[batch.rows[:, 2] > 0]:
-        for block in range(about.blocks):
-            for head in range(about.heads):
-                q, k, v = (x[block, :, head].astype(np.float64) for x in batch.arrays)
-                at, expected = oracle.attention(q, k, v, row, batch.time[block].astype(np.int64), block, head, form)
-                at, expected = at[at >= first] - first, expected[at >= first]
-                found.append(np.abs(out[block, at, head] - expected).ravel())
-                largest = max(largest, float(expected.std()))
-    every = np.concatenate(found) / largest
+    wide = [x.astype(np.float64) for x in batch.arrays]
+
+    def one(row: np.ndarray, block: int, head: int) -> tuple[np.ndarray, float]:
+        q, k, v = (x[block, :, head] for x in wide)
+        at, expected = oracle.attention(q, k, v, row, batch.time[block].astype(np.int64), block, head, form)
+        at, expected = at[at >= first] - first, expected[at >= first]
+        return np.abs(out[block, at, head] - expected).ravel(), float(expected.std())
+
+    every_one = product(batch.rows[batch.rows[:, 2] > 0], range(about.blocks), range(about.heads))
+    with ThreadPoolExecutor() as pool:
+        apart, spreads = zip(*pool.map(one, *zip(*every_one, strict=True)), strict=True)
+    every = np.concatenate(apart) / max(1.0, *spreads)
     return float(every.max()), all(np.quantile(every, share) <= limit for share, limit in TOLERANCE.items())
 
 
