@@ -61,11 +61,11 @@ def _load_history(work: Work, i: jax.Array, at: jax.Array, ring: Ring, form: For
 
     tiles = work.tiles_per_step(form)
 
-    def copy(keys: Any, values: Any) -> None:
+    def copy(keys: Any, values: Any, parts: tuple[int, int] = (0, 0)) -> None:
         @pl.loop(0, work.steps)
         def _(step: jax.Array) -> None:
             rows, tile = pl.ds(work.key_start + step * TILE, TILE), at + tiles * step
-            ring.send(tile, *halves(rows, keys))
+            ring.send(tile, *halves(rows, keys, parts[0]))
             if form.biased:
 
                 @pl.when(work.is_history)
@@ -73,11 +73,12 @@ def _load_history(work: Work, i: jax.Array, at: jax.Array, ring: Ring, form: For
                     logs = (work.pair_logs.at[n, work.block, work.mine, half(step)] for n in range(2))
                     ring.send(tile + 1, *logs)
 
-            ring.send(tile + tiles - 1, *halves(rows, values))
+            ring.send(tile + tiles - 1, *halves(rows, values, parts[1]))
 
     @pl.when(i == 0)
     def _() -> None:
-        copy(work.inputs[2].at[work.block], work.inputs[3].at[work.block])
+        qkv = work.inputs[1].at[work.block]
+        copy(qkv, qkv, (1, 2))
 
     if form.count > 1:
 
@@ -98,20 +99,18 @@ def _load_matrices(work: Work, i: jax.Array, at: jax.Array, ring: Ring, form: Fo
 
     @pl.loop(0, chunks)
     def _(chunk: jax.Array) -> None:
-        start = chunk * WIDTH
-        own = [pl.ds(start + group * TILE, TILE) for group in range(HALVES)]
         for n in range(HALVES):
-            ring.send(at + 4 * chunk + n, *(ffn1.at[half(n), columns] for columns in own))
+            ring.send(at + 4 * chunk + n, *halves(half(n), ffn1, chunk))
         for n in range(HALVES):
-            ring.send(at + 4 * chunk + 2 + n, *(ffn2.at[rows, half(n)] for rows in own))
+            rows = (half(group, chunk) for group in range(HALVES))
+            ring.send(at + 4 * chunk + HALVES + n, *(ffn2.at[own, half(n)] for own in rows))
 
     at += 4 * chunks
 
     def project(weight: Any) -> None:
         for place, part in enumerate(PARTS):
-            columns = [pl.ds(part * WIDTH + group * TILE, TILE) for group in range(HALVES)]
             for n in range(HALVES):
-                ring.send(at + HALVES * place + n, *(weight.at[half(n), own] for own in columns))
+                ring.send(at + HALVES * place + n, *halves(half(n), weight, part))
 
     ends = number + 1 == form.layers
 
