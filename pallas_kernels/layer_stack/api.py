@@ -71,18 +71,13 @@ def layer_stack(
                 align=align,
             )
     depth, heads = len(temperature), temperature.shape[-1]
-
-    def split(y: jax.Array) -> jax.Array:
-        return y.reshape(*y.shape[:-1], heads, -1)
-
-    qkv = linear(x, weights["qkv_w"][0], weights["qkv_b"][0])
-    q: jax.Array = qkv.reshape(*qkv.shape[:-1], 3, heads, -1)
-    k: jax.Array | None = None
-    v: jax.Array | None = None
+    q, k, v = thirds(linear(x, weights["qkv_w"][0], weights["qkv_b"][0]))
     if depth == 1:
-        q, k, v = map(split, thirds(qkv))
         x, q = x[:, first_candidate:], q[:, first_candidate:]
+    found: tuple[jax.Array, ...] = (x, q, k, v)
     for index in range(depth):
+        x, *parts = found
+        q, k, v = (y.reshape(*y.shape[:-1], heads, -1) for y in parts)
         attended = sumi_attention(
             q,
             k,
@@ -100,7 +95,7 @@ def layer_stack(
         if index < depth - 1:
             first = first_candidate if index == depth - 2 else 0
             after = Projection(weights["qkv_w"], weights["qkv_b"], index + 1, first)
-        x, *parts = post_attention(
+        found = post_attention(
             attended.reshape(*attended.shape[:2], -1),
             x,
             weights,
@@ -109,6 +104,4 @@ def layer_stack(
             drop=drop,
             implementation=kernels.post_attention,
         )
-        if index < depth - 1:
-            q, k, v = map(split, parts)
-    return x, *parts
+    return found

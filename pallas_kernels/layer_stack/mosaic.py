@@ -76,11 +76,10 @@ def layer_stack(
         stack += [following.weight[own].astype(x.dtype), following.bias[own].astype(jnp.float32)]
     # Rows of no request hold what an earlier batch left. A weight of 0 would not silence a NaN there.
     x = jnp.where(owned(rows, tokens, align=align)[..., None], x, jnp.zeros((), x.dtype))
-    state = [x, linear(x, weights["qkv_w"][0], weights["qkv_b"][0])]
+    state = [x, *thirds(linear(x, weights["qkv_w"][0], weights["qkv_b"][0]))]
     for first in range(0, depth, form.count):
         state = _call([*fixed, *state, *numbers, *stack], replace(form, first=first))
-    x, *qkv = state
-    return x, *(part for joint in qkv for part in thirds(joint))
+    return tuple(state)
 
 
 def fits(blocks: int, tokens: int, requests: int, window: int, align: int) -> bool:
@@ -105,10 +104,10 @@ def misfit(dtype: Any, width: int, heads: int, hidden: int, align: int) -> str:
 def _call(operands: list[jax.Array], form: Form) -> list[jax.Array]:
     work, x, *_ = operands
     blocks, tokens, width = x.shape
-    widths = [width] if form.last and not form.projects else [width, 3 * width]
-    out = [jax.ShapeDtypeStruct((blocks, tokens - form.first_output, n), form.dtype) for n in widths]
+    outputs = 1 if form.last and not form.projects else 4
+    out = [jax.ShapeDtypeStruct((blocks, tokens - form.first_output, width), form.dtype)] * outputs
     # Keys and values of histories by layer: whoever is behind still reads the last ones.
     between = [jax.ShapeDtypeStruct((form.count - 1, blocks, tokens, width), form.dtype)] * 2
     grid = {"job": len(work), "block": blocks}
     results = kernel(body, form, [*out, *(between if form.count > 1 else [])], grid=grid)(*operands)
-    return list(results[: len(out)])
+    return list(results[:outputs])

@@ -56,10 +56,9 @@ class _Layer(NamedTuple):
 
 def compute(work: Work, group: jax.Array, memory: Memory, ring: Ring, barriers: Barriers, form: Form) -> None:
     """All layers."""
-    ready, (x, qkv) = barriers.own_ready.at[group], (array.at[work.block, work.mine] for array in work.inputs)
-    plgpu.copy_gmem_to_smem(x.at[:, half(group)], memory.x.at[group], ready)
-    for part, to in enumerate((memory.q, memory.k, memory.v)):
-        plgpu.copy_gmem_to_smem(qkv.at[:, half(group, part)], to.at[group], ready)
+    ready, columns = barriers.own_ready.at[group], half(group)
+    for source, to in zip(work.inputs, memory[:4], strict=True):
+        plgpu.copy_gmem_to_smem(source.at[work.block, work.mine, columns], to.at[group], ready)
     if form.biased:
         plgpu.barrier_wait(barriers.logs_ready)
     plgpu.barrier_wait(ready)
@@ -292,11 +291,9 @@ def _store(own: _Layer) -> None:
 
     @pl.when(jnp.logical_and(own.i + 1 == form.count, work.row >= form.first_output))
     def _() -> None:
-        x, *qkv = (output.at[work.block, pl.ds(work.row - form.first_output, TILE)] for output in work.outputs)
-        plgpu.copy_smem_to_gmem(own.memory.x.at[group], x.at[:, half(group)])
-        for joint in qkv:
-            for part, source in enumerate((own.memory.q, own.memory.k, own.memory.v)):
-                plgpu.copy_smem_to_gmem(source.at[group], joint.at[:, half(group, part)])
+        rows = pl.ds(work.row - form.first_output, TILE)
+        for source, output in zip(own.memory[: len(work.outputs)], work.outputs, strict=True):
+            plgpu.copy_smem_to_gmem(source.at[group], output.at[work.block, rows, half(group)])
 
     if form.count > 1:
 

@@ -61,11 +61,11 @@ def _load_history(work: Work, i: jax.Array, at: jax.Array, ring: Ring, form: For
 
     tiles = work.tiles_per_step(form)
 
-    def copy(keys: Any, values: Any, parts: tuple[int, int] = (0, 0)) -> None:
+    def copy(keys: Any, values: Any) -> None:
         @pl.loop(0, work.steps)
         def _(step: jax.Array) -> None:
             rows, tile = pl.ds(work.key_start + step * TILE, TILE), at + tiles * step
-            ring.send(tile, *halves(rows, keys, parts[0]))
+            ring.send(tile, *halves(rows, keys))
             if form.biased:
 
                 @pl.when(work.is_history)
@@ -73,12 +73,11 @@ def _load_history(work: Work, i: jax.Array, at: jax.Array, ring: Ring, form: For
                     logs = (work.pair_logs.at[n, work.block, work.mine, half(step)] for n in range(2))
                     ring.send(tile + 1, *logs)
 
-            ring.send(tile + tiles - 1, *halves(rows, values, parts[1]))
+            ring.send(tile + tiles - 1, *halves(rows, values))
 
     @pl.when(i == 0)
     def _() -> None:
-        qkv = work.inputs[1].at[work.block]
-        copy(qkv, qkv, (1, 2))
+        copy(work.inputs[2].at[work.block], work.inputs[3].at[work.block])
 
     if form.count > 1:
 
@@ -99,18 +98,20 @@ def _load_matrices(work: Work, i: jax.Array, at: jax.Array, ring: Ring, form: Fo
 
     @pl.loop(0, chunks)
     def _(chunk: jax.Array) -> None:
+        start = chunk * WIDTH
+        own = [pl.ds(start + group * TILE, TILE) for group in range(HALVES)]
         for n in range(HALVES):
-            ring.send(at + 4 * chunk + n, *halves(half(n), ffn1, chunk))
+            ring.send(at + 4 * chunk + n, *(ffn1.at[half(n), columns] for columns in own))
         for n in range(HALVES):
-            rows = (half(group, chunk) for group in range(HALVES))
-            ring.send(at + 4 * chunk + HALVES + n, *(ffn2.at[own, half(n)] for own in rows))
+            ring.send(at + 4 * chunk + 2 + n, *(ffn2.at[rows, half(n)] for rows in own))
 
     at += 4 * chunks
 
     def project(weight: Any) -> None:
         for place, part in enumerate(PARTS):
+            columns = [pl.ds(part * WIDTH + group * TILE, TILE) for group in range(HALVES)]
             for n in range(HALVES):
-                ring.send(at + HALVES * place + n, *halves(half(n), weight, part))
+                ring.send(at + HALVES * place + n, *(weight.at[half(n), own] for own in columns))
 
     ends = number + 1 == form.layers
 

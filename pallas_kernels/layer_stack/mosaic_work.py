@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flame_jax.pallas_kernels.hopper import TILE
-from flame_jax.pallas_kernels.layer_stack.mosaic_form import HALVES, WIDTH, Form
+from flame_jax.pallas_kernels.layer_stack.mosaic_form import HALVES, Form
 from flame_jax.pallas_kernels.post_attention.types import VECTORS
 from flame_jax.pallas_kernels.sumi_attention.schedule import (
     FIRST_ROW,
@@ -58,7 +58,7 @@ class Work(NamedTuple):
         layers: of this launch, that these rows go through.
         tiles: of the request's history.
         arrived: semaphore: halves of such tiles whose keys and values are there, counted over all layers.
-        inputs: x, and q, k and v side by side, of the first layer.
+        inputs: x, q, k, v of the first layer.
         key_logs: `schedule.key_logs`, for candidates.
         pair_logs: `schedule.pair_logs`, for history rows.
         matrices: output projection, both of the FFN, q, k and v.
@@ -124,7 +124,7 @@ def work_of(refs: tuple[Any, ...], form: Form) -> Work:
         return [rest.pop(0) for _ in range(count)]
 
     number, block = lax.axis_index("job"), lax.axis_index("block")
-    inputs = take(2)
+    inputs = take(4)
     blocks = inputs[0].shape[0]
     arrived = semaphores(blocks, form) if form.count > 1 else None
     longest = jobs[number, JOB_LENGTH]
@@ -151,16 +151,16 @@ def work_of(refs: tuple[Any, ...], form: Form) -> Work:
         matrices=take(4),
         vectors=take(len(VECTORS) + 1),
         after=take(2) if form.projects else [],
-        outputs=take(1 if form.last and not form.projects else 2),
+        outputs=take(1 if form.last and not form.projects else 4),
         between=rest,
     )
 
 
-def half(group: Any, part: Any = 0) -> Any:
-    """Columns of a warpgroup, or of a head; of a part, where q (0), k and v lie side by side."""
-    return pl.ds(part * WIDTH + group * TILE, TILE)
+def half(group: Any) -> Any:
+    """Columns of a warpgroup, or of a head."""
+    return pl.ds(group * TILE, TILE)
 
 
-def halves(rows: Any, matrix: Any, part: Any = 0) -> list[Any]:
+def halves(rows: Any, matrix: Any) -> list[Any]:
     """Of a matrix's rows, a piece for each warpgroup."""
-    return [matrix.at[rows, half(group, part)] for group in range(HALVES)]
+    return [matrix.at[rows, half(group)] for group in range(HALVES)]

@@ -11,8 +11,8 @@ from flame_jax.pallas_kernels.sumi_attention.types import PAGE_MULTIPLE, Activat
 
 def sumi_attention(
     q: jax.Array,
-    k: jax.Array | None,
-    v: jax.Array | None,
+    k: jax.Array,
+    v: jax.Array,
     rows: jax.Array,
     time: jax.Array,
     *,
@@ -31,8 +31,7 @@ def sumi_attention(
     `q . k` for a candidate's own key. With `Silu` (HSTU): `scale * q . k + bias` for every key seen.
 
     Args:
-        q: [blocks, Q, heads, dqk], the last Q token rows of the batch (Q = T: all of them). Without k and v: q, k and v
-            of all rows, [blocks, T, 3, heads, d], as one product gives them; a kernel reads its parts in place.
+        q: [blocks, Q, heads, dqk], the last Q token rows of the batch (Q = T: all of them).
         k: [blocks, T, heads, dqk].
         v: [blocks, T, heads, dv].
         rows: int32[R, 5 + blocks], the packed layout's request rows.
@@ -53,19 +52,16 @@ def sumi_attention(
         ValueError: T or Q is not a multiple of `align`; `history` does not fit the rest, or lacks
             times that a bias reads.
     """
-    tokens = (q if k is None else k).shape[1]
-    if tokens % align or q.shape[1] % align:
-        raise ValueError(f"token rows {tokens} and query rows {q.shape[1]} must be multiples of {align}")
+    if k.shape[1] % align or q.shape[1] % align:
+        raise ValueError(f"token rows {k.shape[1]} and query rows {q.shape[1]} must be multiples of {align}")
     if history is not None:
-        _check_pages(history, q.shape[1], tokens)
+        _check_pages(history, q, k)
     if implementation == "mosaic":
         from flame_jax.pallas_kernels.sumi_attention import mosaic
 
         return mosaic.sumi_attention(
             q, k, v, rows, time, activation=activation, bias=bias, causal=causal, align=align, history=history
         )
-    if k is None or v is None:
-        q, k, v = (q[:, :, part] for part in range(3))
     return reference.sumi_attention(
         q,
         k,
@@ -82,8 +78,8 @@ def sumi_attention(
     )
 
 
-def _check_pages(history: Pages, queries: int, tokens: int) -> None:
-    if queries != tokens:
-        raise ValueError(f"with a history in pages the {tokens} token rows are the {queries} query rows")
+def _check_pages(history: Pages, q: jax.Array, k: jax.Array) -> None:
+    if q.shape[1] != k.shape[1]:
+        raise ValueError(f"with a history in pages the {k.shape[1]} token rows are the {q.shape[1]} query rows")
     if history.page_rows % PAGE_MULTIPLE:
         raise ValueError(f"a page of {history.page_rows} rows is no multiple of {PAGE_MULTIPLE}")

@@ -21,8 +21,8 @@ from flame_jax.pallas_kernels.sumi_attention.types import Activation, Bias, LogB
 
 def sumi_attention(
     q: jax.Array,
-    k: jax.Array | None,
-    v: jax.Array | None,
+    k: jax.Array,
+    v: jax.Array,
     rows: jax.Array,
     time: jax.Array,
     *,
@@ -42,9 +42,9 @@ def sumi_attention(
     Raises:
         ValueError: `misfit` has something against it; a step of `tiling` would not lie in one page.
     """
-    parts = [q, q, q] if k is None or v is None else [q, k, v]
-    tokens, (heads, qk_dim), v_dim = parts[1].shape[1], q.shape[-2:], parts[2].shape[-1]
-    if reason := misfit(q.dtype, qk_dim, v_dim, align, bias):
+    _, tokens, heads, qk_dim = k.shape
+    v_dim = v.shape[-1]
+    if reason := misfit(v.dtype, qk_dim, v_dim, align, bias):
         raise ValueError(f"SUMI attention on Mosaic GPU: {reason}")
     page_rows = 0 if history is None else history.page_rows
     shape = tuned_shape(heads, qk_dim, v_dim, activation, bias, causal and not page_rows)
@@ -62,28 +62,26 @@ def sumi_attention(
         causal=causal and not page_rows,
         align=align,
         first=tokens - q.shape[1],
-        dtype=q.dtype,
+        dtype=v.dtype,
         tiling=tiling,
         interpret=interpret,
-        joint=k is None,
         page_rows=page_rows,
     )
     cut = rows if history is None else histories_elsewhere(rows, align)
     work = jobs(cut, align=align, first=form.first, last=tokens, size=TILE * tiling.warpgroups)
-    operands = [work, *map(_flat, parts)]
+    operands = [work, *map(_flat, (q, k, v))]
     if isinstance(activation, Softmax):
         operands += _stacked(activation.temperature, activation.layer)
     if isinstance(bias, LogBias):
         operands += [*_stacked(bias.coefficients, bias.layer), *_distances(rows, time, history, align)]
     if history is not None:
-        # Pages follow each other.
-        operands += [history.table, *(_flat(x.reshape(len(x), -1, *x.shape[3:])) for x in (history.k, history.v))]
-    return _call(operands, form).reshape(*q.shape[:2], heads, v_dim)
+        operands += [history.table, *map(_flat, (history.k, history.v))]
+    return _call(operands, form).reshape(*q.shape[:3], v_dim)
 
 
 def _flat(x: jax.Array) -> jax.Array:
-    """[blocks, rows, ..., heads, dim] -> [blocks, rows, everything after]."""
-    return x.reshape(*x.shape[:2], -1)
+    """[blocks, ..., heads, dim] -> [blocks, rows, heads * dim]; pages follow each other."""
+    return x.reshape(len(x), -1, x.shape[-2] * x.shape[-1])
 
 
 def _distances(rows: jax.Array, time: jax.Array, history: Pages | None, align: int) -> list[jax.Array]:

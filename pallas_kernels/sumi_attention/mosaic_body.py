@@ -179,10 +179,9 @@ def _own_layer(operands: list[Any]) -> Any:
     return stack.at[layer[0]]
 
 
-def _columns(job: _Job, i: int, width: int, form: Form, part: int = 0) -> Any:
-    """Of the thread block's head `i`; of k (1) and v (2) after those before them, where they are side by side."""
-    before = part * form.heads if form.joint else 0
-    return pl.ds((before + job.head + i) * width, width)
+def _columns(job: _Job, i: int, width: int) -> Any:
+    """Of the thread block's head `i`."""
+    return pl.ds((job.head + i) * width, width)
 
 
 def _load(job: _Job, memory: Memory, barriers: _Barriers, form: Form) -> None:
@@ -195,7 +194,7 @@ def _load(job: _Job, memory: Memory, barriers: _Barriers, form: Form) -> None:
         slot = free_slot(step, stages, barriers.consumed)
         k_ready = barriers.k_ready.at[slot]
         for i in range(form.together):
-            source = job.keys.at[job.block, at, _columns(job, i, form.qk_dim, form, 1)]
+            source = job.keys.at[job.block, at, _columns(job, i, form.qk_dim)]
             plgpu.copy_gmem_to_smem(source, memory.k.at[slot, i], k_ready)
         if form.timed:
             plgpu.copy_gmem_to_smem(job.time.at[job.block, :, at], memory.key_time.at[slot], k_ready)
@@ -206,7 +205,7 @@ def _load(job: _Job, memory: Memory, barriers: _Barriers, form: Form) -> None:
 
         def load_values(ready: Any) -> None:
             for i in range(form.together):
-                source = job.values.at[job.block, at, _columns(job, i, form.v_dim, form, 2)]
+                source = job.values.at[job.block, at, _columns(job, i, form.v_dim)]
                 plgpu.copy_gmem_to_smem(source, memory.v.at[slot, i], ready)
 
         @pl.when(whole)
@@ -292,7 +291,7 @@ def _load_own(job: _Job, group: jax.Array, alone: jax.Array, memory: Memory, bar
     row = job.row + group * TILE
     ready, own = barriers.q_ready.at[group], pl.ds(row + form.first, TILE)
     for i in range(form.together):
-        source = job.q.at[job.block, pl.ds(row, TILE), _columns(job, i, form.qk_dim, form)]
+        source = job.q.at[job.block, pl.ds(row, TILE), _columns(job, i, form.qk_dim)]
         plgpu.copy_gmem_to_smem(source, memory.q.at[group, i], ready)
     if form.timed:
         plgpu.copy_gmem_to_smem(job.time.at[job.block, :, own], memory.own_time.at[group], ready)
@@ -301,9 +300,9 @@ def _load_own(job: _Job, group: jax.Array, alone: jax.Array, memory: Memory, bar
     def _() -> None:
         ready = barriers.own_ready.at[group]
         for i in range(form.together):
-            source = job.k.at[job.block, own, _columns(job, i, form.qk_dim, form, 1)]
+            source = job.k.at[job.block, own, _columns(job, i, form.qk_dim)]
             plgpu.copy_gmem_to_smem(source, memory.own_k.at[group, i], ready)
-            source = job.v.at[job.block, own, _columns(job, i, form.v_dim, form, 2)]
+            source = job.v.at[job.block, own, _columns(job, i, form.v_dim)]
             plgpu.copy_gmem_to_smem(source, memory.own_v.at[group, i], ready)
 
 
@@ -317,7 +316,7 @@ def _store(job: _Job, offset: jax.Array, result: Any, form: Form) -> None:
             to = pl.ds(job.row + offset + at, piece)
             for i in range(form.together):
                 source = result.at[i, pl.ds(at, piece)]
-                plgpu.copy_smem_to_gmem(source, job.out.at[job.block, to, _columns(job, i, form.v_dim, form)])
+                plgpu.copy_smem_to_gmem(source, job.out.at[job.block, to, _columns(job, i, form.v_dim)])
 
     plgpu.wait_smem_to_gmem(0)
 

@@ -34,7 +34,6 @@ class Form:
         together: heads of one thread block.
         scale: of SiLU attention; None for softmax.
         first: token row of the first query row.
-        joint: q, k and v are one array, side by side.
         page_rows: of the pages that histories lie in; 0 where they lie among the token rows.
     """
 
@@ -51,7 +50,6 @@ class Form:
     dtype: Any
     tiling: Tiling
     interpret: bool
-    joint: bool = False
     page_rows: int = 0
 
     @property
