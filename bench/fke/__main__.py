@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 
 from bench.environment import describe
-from bench.fke import ablation, attention, check, forward, mixed, roofline, stack, tune
+from bench.fke import ablation, attention, check, forward, mixed, profile, roofline, stack, tune
 from bench.fke.choice import UnknownChoice
 from flame_jax.pallas_kernels import tuned
 
@@ -41,7 +41,7 @@ def run_check(args: argparse.Namespace) -> Outcome:
         say("ok  " if good else "MISS", name)
         outcomes.append((name, good))
 
-    check.check(report)
+    check.check(report, args.only)
     missed = [name for name, good in outcomes if not good]
     say(f"{len(outcomes) - len(missed)} of {len(outcomes)} checks hold")
     return {"checks": len(outcomes), "missed": missed}, bool(missed)
@@ -92,9 +92,16 @@ def run_stack(args: argparse.Namespace) -> Outcome:
     return result, False
 
 
+def run_profile(args: argparse.Namespace) -> Outcome:
+    """Kernel by kernel."""
+    result = profile.profile(args.only, jax.devices()[0])
+    say(profile.table(result["profile"]))
+    return result, False
+
+
 CHOICES = ("only", "baselines")
 MODES = {
-    "check": Mode("are results right; exit 1 on any miss", run_check),
+    "check": Mode("are results right; exit 1 on any miss; --only takes operations", run_check, ("only",)),
     "tune": Mode(
         "time block sizes and write pallas_kernels/tuned/DEVICE.json; --only takes operations", run_tune, ("only",)
     ),
@@ -102,6 +109,7 @@ MODES = {
     "mixed": Mode("requests of all lengths in one batch, beside padding them", run_mixed),
     "ablation": Mode("the paper's table: eager PyTorch, plain jit, fused kernels", run_ablation, CHOICES),
     "forward": Mode("whole forward passes, beside the best plain JAX; the default", run_forward, CHOICES),
+    "profile": Mode("what each kernel of a forward pass takes", run_profile, ("only",)),
     "stack": Mode("HSTU's layers alone, whole and with the history's K/V given", run_stack, CHOICES),
 }
 

@@ -15,6 +15,7 @@ import numpy as np
 from bench.fke import oracle, pages
 from bench.fke.cases import following, hstu_weights, layer_weights
 from bench.fke.check_stack import check_stack
+from bench.fke.choice import chosen
 from flame_jax.packing import (
     CANDIDATE_START,
     HISTORY_LENGTH,
@@ -42,6 +43,7 @@ HSTU_CASES = [(64, 1), (320, 1), (3072, 1), (17024, 1), (320, 2), (17024, 2)]
 has multiprocessors."""
 
 Report = Callable[[str, bool], None]
+Check = Callable[[str, Report, np.random.Generator], None]
 
 
 class Attention(NamedTuple):
@@ -89,19 +91,21 @@ def tables(random: np.random.Generator) -> Iterator[tuple[str, list[Extent]]]:
         )
 
 
-def check(report: Report, seed: int = 0) -> None:
-    """Report every check, of the block sizes that are served, by name and outcome."""
-    for attention in ATTENTIONS:
-        _guarded(partial(_check_attention, attention), f"sumi_attention {attention.name}", report, seed)
-    for attention in PAGED:
-        _guarded(partial(_check_pages, attention), f"sumi_attention {attention.name}", report, seed)
-    _guarded(_check_layer, "post_attention", report, seed)
-    _guarded(partial(check_stack, apart=_report_apart), "layer_stack", report, seed)
-    _guarded(_check_before, "pre_attention", report, seed)
-    _guarded(_check_after, "gated_output", report, seed)
+def check(report: Report, only: Sequence[str] = (), seed: int = 0) -> None:
+    """Report every check, of the block sizes that are served, by name and outcome.
+
+    Args:
+        only: operations whose names hold one of these; all of them if there are none.
+    """
+    checks: dict[str, Check] = {f"sumi_attention {form.name}": partial(_check_attention, form) for form in ATTENTIONS}
+    checks |= {f"sumi_attention {form.name}": partial(_check_pages, form) for form in PAGED}
+    checks |= {"post_attention": _check_layer, "layer_stack": partial(check_stack, apart=_report_apart)}
+    checks |= {"pre_attention": _check_before, "gated_output": _check_after}
+    for name in chosen(checks, only, str):
+        _guarded(checks[name], name, report, seed)
 
 
-def _guarded(run: Callable[[str, Report, np.random.Generator], None], name: str, report: Report, seed: int) -> None:
+def _guarded(run: Check, name: str, report: Report, seed: int) -> None:
     try:
         run(name, report, np.random.default_rng(seed))
     except Exception as error:  # a kernel that does not compile is a miss like another

@@ -26,13 +26,16 @@ from flame_jax.pallas_kernels.sumi_attention.types import LogBias, Softmax
 
 CHAIN = 8
 """Calls in a program: a launch alone takes longer than a small kernel."""
+SMALL, LONG_CHAIN = 16384, 48
+"""Token rows of all blocks up to which even a chain is launched more slowly than it runs, and calls for so few."""
 
 
 class Program(NamedTuple):
-    """A function to compile, and its operands on the device; the result stands for q in the next call."""
+    """A function of so many calls to compile, and its operands on the device."""
 
     function: Callable[..., jax.Array]
     operands: tuple[Any, ...]
+    calls: int
 
 
 Maker = Callable[[], Program]
@@ -40,33 +43,41 @@ Maker = Callable[[], Program]
 
 
 def timed(makers: Mapping[Any, Maker], progress: Callable[[str], None]) -> tuple[dict[Any, float], dict[Any, str]]:
-    """Milliseconds of a call by name, of programs with `CHAIN` of them; and what failed, in words, told as well."""
-    launches, failed = together({name: partial(_compiled, make) for name, make in makers.items()})
+    """Milliseconds of a call by name; and what failed, in words, told as well."""
+    made, failed = together({name: partial(_compiled, make) for name, make in makers.items()})
     for name, error in failed.items():
         progress(f"{name} failed: {error}")
-    return {name: ms / CHAIN for name, ms in side_by_side(launches, rounds=5, seconds=0.05).items()}, failed
+    milliseconds = side_by_side({name: launch for name, (launch, _) in made.items()}, rounds=5, seconds=0.05)
+    return {name: ms / made[name][1] for name, ms in milliseconds.items()}, failed
 
 
-def _compiled(make: Maker) -> Callable[[], jax.Array]:
-    function, operands = make()
-    return partial(jax.jit(function).lower(*operands).compile(), *operands)
+def _compiled(make: Maker) -> tuple[Callable[[], jax.Array], int]:
+    function, operands, calls = make()
+    return partial(jax.jit(function).lower(*operands).compile(), *operands), calls
+
+
+def chain(case: AttentionCase) -> int:
+    """Calls of a program for this case."""
+    return LONG_CHAIN if case.blocks * case.bucket.tokens <= SMALL else CHAIN
 
 
 def packed(
     case: AttentionCase,
     implementation: Implementation,
     *,
-    calls: int = CHAIN,
+    calls: int = 0,
     held: Sequence[Extent] | None = None,
     bucket: Bucket | None = None,
 ) -> Program:
     """The engine's attention.
 
     Args:
+        calls: in place of `chain`.
         held: what the requests hold, where the case's extents are padded.
         bucket: in place of the smallest one.
     """
     arrays, activation, bias = inputs(case, held=held, bucket=bucket)
+    calls = calls or chain(case)
     settings: dict[str, Any] = {
         "causal": not case.softmax,
         "align": case.align,
@@ -82,7 +93,7 @@ def packed(
             q = sumi_attention(q, *rest, activation=chosen, bias=added, **settings)
         return q
 
-    return Program(run, (arrays, weights))
+    return Program(run, (arrays, weights), calls)
 
 
 class Regular(NamedTuple):
@@ -125,9 +136,9 @@ def regular(case: AttentionCase, *, every_key: bool) -> Regular:
     return Regular(q[:, rows], k[:, rows], v[:, rows], Bias(distance, age, coefficients, inverse, history), rows)
 
 
-def biased(case: AttentionCase, attend: Attention, calls: int = CHAIN) -> Program:
+def biased(case: AttentionCase, attend: Attention, calls: int = 0) -> Program:
     """A baseline that makes each layer's bias from the logs, as it has to in a model."""
-    given = regular(case, every_key=attend.every_key)
+    given, calls = regular(case, every_key=attend.every_key), calls or chain(case)
     history = given.bias.history
 
     def run(q: jax.Array, k: jax.Array, v: jax.Array, bias: Bias) -> jax.Array:
@@ -137,12 +148,12 @@ def biased(case: AttentionCase, attend: Attention, calls: int = CHAIN) -> Progra
             q = attend(q, k, v, layer)
         return q
 
-    return Program(run, given[:4])
+    return Program(run, given[:4], calls)
 
 
-def bias_given(case: AttentionCase, kernel: Flash, calls: int = CHAIN) -> Program:
+def bias_given(case: AttentionCase, kernel: Flash, calls: int = 0) -> Program:
     """A flash kernel and nothing else: its bias, ours with the mask, is an operand."""
-    given = regular(case, every_key=True)
+    given, calls = regular(case, every_key=True), calls or chain(case)
     matrix = jax.jit(partial(_matrix, history=given.bias.history))(given.bias)
 
     def run(q: jax.Array, k: jax.Array, v: jax.Array, matrix: jax.Array) -> jax.Array:
@@ -153,7 +164,7 @@ def bias_given(case: AttentionCase, kernel: Flash, calls: int = CHAIN) -> Progra
     # Keys, which do not change, are divided by the temperature instead of queries.
     scaled = (given.k * given.bias.inverse[:, :, None, :, None]).astype(given.k.dtype)
     q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (given.q, scaled, given.v))
-    return Program(run, (q, k, v, matrix))
+    return Program(run, (q, k, v, matrix), calls)
 
 
 def _matrix(bias: Bias, history: int) -> jax.Array:

@@ -22,7 +22,19 @@ from bench.baselines.attention import FlashMasked, SplitSoftmax, xla
 from bench.baselines.inputs import Run, packed_run
 from bench.baselines.runs import jax_runs
 from bench.fke import __main__ as command
-from bench.fke import ablation, attention, check, check_stack, forward, mixed, passes, programs, roofline, tune
+from bench.fke import (
+    ablation,
+    attention,
+    check,
+    check_stack,
+    forward,
+    mixed,
+    passes,
+    profile,
+    programs,
+    roofline,
+    tune,
+)
 from bench.fke.cases import CAUSAL, AttentionCase
 from bench.fke.choice import UnknownChoice, chosen, named
 from bench.threads import together
@@ -380,3 +392,17 @@ def test_the_check_of_the_layer_stack_tells_right_from_wrong(right: bool, monkey
     distances = [good for name, good in found.items() if "equal" not in name]
     assert distances == [right, right]
     assert all(good for name, good in found.items() if "equal" in name)
+
+
+def test_a_profile_adds_up_the_kernels_of_the_device() -> None:
+    def line(name: str, *events: tuple[str, float]) -> SimpleNamespace:
+        return SimpleNamespace(name=name, events=[SimpleNamespace(name=n, duration_ns=1e3 * us) for n, us in events])
+
+    stream = line("Stream #14(Compute)", *[("fusion", 2.0), ("a_mosaic_gpu_kernel", 5.0)] * profile.PASSES)
+    gpu = SimpleNamespace(name="/device:GPU:0", lines=[stream, line("XLA Ops", ("fusion", 9.0))])
+    rows = profile.kernels([SimpleNamespace(name="/host:CPU", lines=[line("Stream", ("copy", 1.0))]), gpu])
+    assert rows == [
+        {"name": "a_mosaic_gpu_kernel", "calls": 1.0, "us": 5.0},
+        {"name": "fusion", "calls": 1.0, "us": 2.0},
+    ]
+    assert "| c | 1, 5.0 | 1, 2.0 | fusion 2.0 |" in profile.table([{"case": "c", "kernels": rows}])
