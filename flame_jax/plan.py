@@ -20,7 +20,7 @@ from flame_jax.commandline import load, refuse
 from flame_jax.config import Config
 from flame_jax.dso.replay import Level, arriving_within, replay, together
 from flame_jax.fke.buckets import Ladder, make_ladder
-from flame_jax.fke.device import target_of
+from flame_jax.fke.device import multiprocessors, target_of
 from flame_jax.fke.footprint import Footprint, measure
 from flame_jax.fke.ladder import Budget, Demand, choose_ladder, largest_for, smallest_largest
 from flame_jax.models.checkpoint import CheckpointError, load_checkpoint
@@ -216,7 +216,13 @@ def take_measure(args: argparse.Namespace, config: Config, fixed: Ladder, demand
             vocabulary,
             precision=config.export.matmul_precision,
             device=device,
-            kernels=choose_kernels(config.model, config.layout, capability, config.export.kernels),
+            kernels=choose_kernels(
+                config.model,
+                config.layout,
+                capability,
+                config.export.kernels,
+                multiprocessors=multiprocessors(device),
+            ),
         )
     except RuntimeError as error:
         raise PlanError(f"buckets can't be compiled here (--no-measure plans without): {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Literal
 
 import jax.numpy as jnp
@@ -22,12 +23,18 @@ log = logging.getLogger(__name__)
 
 
 def choose_kernels(
-    model: ModelConfig, layout: Layout, capability: str, wanted: Literal["auto", "xla", "mosaic"] = "auto"
+    model: ModelConfig,
+    layout: Layout,
+    capability: str,
+    wanted: Literal["auto", "xla", "mosaic"] = "auto",
+    *,
+    multiprocessors: int,
 ) -> Kernels:
     """Fused kernels where the device and the model allow them, the reference elsewhere.
 
     Args:
         capability: compute capability of the device; empty for none.
+        multiprocessors: of the device.
         wanted: `xla` takes the reference everywhere; `mosaic` accepts nothing else.
 
     Raises:
@@ -46,7 +53,7 @@ def choose_kernels(
         if reason:
             log.warning("model %s: %s is not fused: %s", model.name, operation, reason)
     fused: dict[str, Implementation] = {operation: "mosaic" for operation, reason in misfits.items() if not reason}
-    if len(fused) == len(misfits) and _has_whole(model, layout):
+    if len(fused) == len(misfits) and _has_whole(model, layout, multiprocessors):
         fused[_WHOLE[model.architecture]] = "mosaic"
     return REFERENCE._replace(**fused)
 
@@ -63,15 +70,25 @@ def in_use(model: ModelConfig, kernels: Kernels) -> dict[str, str]:
     return {operation: getattr(kernels, operation) for operation in (*operations(model), *more)}
 
 
-def _has_whole(model: ModelConfig, layout: Layout) -> bool:
-    if model.architecture not in _WHOLE:
+def too_small(kernels: Mapping[str, str], multiprocessors: int) -> str:
+    """Why thread blocks of these kernels might wait forever on a GPU with so many multiprocessors; empty if not so."""
+    if kernels.get("layer_stack", "xla") == "xla":
+        return ""
+    from flame_jax.pallas_kernels.hopper import MULTIPROCESSORS
+
+    if multiprocessors >= MULTIPROCESSORS:
+        return ""
+    return f"has a kernel for {MULTIPROCESSORS} multiprocessors at once, this GPU has {multiprocessors}: build it here"
+
+
+def _has_whole(model: ModelConfig, layout: Layout, multiprocessors: int) -> bool:
+    if model.architecture not in _WHOLE or model.head_dim * model.heads != model.width:
         return False
     from flame_jax.pallas_kernels.layer_stack import mosaic
 
     dtype = jnp.dtype(model.dtype)
-    return model.head_dim * model.heads == model.width and not mosaic.misfit(
-        dtype, model.width, model.heads, model.ffn, layout.align
-    )
+    misfit = mosaic.misfit(dtype, model.width, model.heads, model.ffn, layout.align)
+    return not misfit and not too_small({"layer_stack": "mosaic"}, multiprocessors)
 
 
 def _misfits(model: ModelConfig, layout: Layout) -> dict[str, str]:

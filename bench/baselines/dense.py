@@ -14,7 +14,7 @@ from flame_jax.config import ModelConfig
 from flame_jax.models.heads import expert_head
 from flame_jax.models.hstu import SECONDS_PER_STEP
 from flame_jax.models.hstu_layer import hstu_layer
-from flame_jax.models.layers import merge_heads, post_norm_layer
+from flame_jax.models.layers import merge_heads, split_heads
 from flame_jax.pallas_kernels.post_attention.reference import post_attention
 from flame_jax.pallas_kernels.rows import layer_norm, linear
 from flame_jax.pallas_kernels.time_buckets import sqrt_bucket
@@ -162,7 +162,8 @@ def fuse(z: jax.Array, scenario: jax.Array, outer: Layer, *, heads: int) -> jax.
         shares = jax.nn.softmax(logits * inverse, axis=-1).astype(v.dtype)
         return jnp.einsum("nchqk,nckhd->ncqhd", shares, v)
 
-    bits = post_norm_layer(z, fusion, attention, heads=heads)
+    q, k, v = split_heads(linear(z, fusion["qkv_w"], fusion["qkv_b"]), heads)
+    bits = post_attention(merge_heads(attention(q, k, v)), z, fusion)
     bits = bits.reshape(*bits.shape[:2], -1)
     squeezed = jax.nn.relu(linear(bits, gate["squeeze_w"], gate["squeeze_b"]))
     gated: jax.Array = bits * jax.nn.sigmoid(linear(squeezed, gate["excite_w"], gate["excite_b"]))

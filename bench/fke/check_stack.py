@@ -26,6 +26,7 @@ BATCHES = {
     "one candidate, no history": [Extent(0, 1)],
     "a long history": [Extent(1000, 500)],
     "full": [Extent(256, 256)] * 8,
+    "histories among the last rows": [Extent(1000, 64)] * 3,
     "16 requests": [Extent(17 + 5 * n, 1 + 3 * n) for n in range(16)],
     "alone": [OURS],
     "among others": [Extent(130, 9), OURS, Extent(1, 1), Extent(700, 300)],

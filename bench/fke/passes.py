@@ -15,7 +15,7 @@ from bench.threads import together, told
 from bench.timing import Launch
 from flame_jax.commandline import load
 from flame_jax.config import Config
-from flame_jax.fke.device import target_of
+from flame_jax.fke.device import multiprocessors, target_of
 from flame_jax.fke.golden import Golden
 from flame_jax.models.cost import request_cost
 from flame_jax.models.kernel_choice import choose_kernels
@@ -45,7 +45,8 @@ def batch(config: str, requests: int, history: int, candidates: int) -> Inputs:
 def engine_runs(inputs: Inputs, device: jax.Device) -> tuple[Kernels, dict[str, Run]]:
     """The kernels that an export for this device chooses; the engine's program with them, and with none."""
     config = inputs.config
-    kernels = choose_kernels(config.model, config.layout, target_of(device).compute_capability, "auto")
+    capability = target_of(device).compute_capability
+    kernels = choose_kernels(config.model, config.layout, capability, multiprocessors=multiprocessors(device))
     return kernels, {FUSED: packed_run(inputs, kernels), REFERENCE: packed_run(inputs)}
 
 

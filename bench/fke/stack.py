@@ -15,7 +15,7 @@ from bench.fke.layers import Layers, Operands, candidates_alone, layers_run, ran
 from bench.fke.passes import FUSED, REFERENCE, Progress, batch, compile_together, first, launches, useful_flops, wait
 from bench.fke.roofline import Point
 from bench.timing import side_by_side
-from flame_jax.fke.device import target_of
+from flame_jax.fke.device import multiprocessors, target_of
 from flame_jax.models.cost import request_cost
 from flame_jax.models.kernel_choice import choose_kernels
 from flame_jax.pallas_kernels import kernels as implementations
@@ -82,7 +82,9 @@ def stack(
 def _prepare(case: Case, baselines: Sequence[str], device: jax.Device) -> _Prepared:
     inputs = batch(case.config, case.requests, case.history, case.candidates)
     model, layout = inputs.config.model, inputs.config.layout
-    kernels = choose_kernels(model, layout, target_of(device).compute_capability, "auto")
+    kernels = choose_kernels(
+        model, layout, target_of(device).compute_capability, multiprocessors=multiprocessors(device)
+    )
     if case.given:
         history, start = random_history(inputs), 0
         operands = candidates_alone(inputs, history)

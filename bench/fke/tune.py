@@ -202,12 +202,12 @@ def _paged_attention(case: AttentionCase) -> Shape:
     (q, k, v, rows, time), activation, bias = inputs(case)
     first, count = case.bucket.tokens - case.bucket.candidates, len(case.extents)
     per_request = -(-case.extents[0].history // pages.ROWS)
-    random = jax.random.key(1)
+    *keys, order = jax.random.split(jax.random.key(1), 3)
     shape = (case.blocks, count * per_request, pages.ROWS, case.heads, case.dim)
-    pool = [jax.random.normal(key, shape, k.dtype) for key in jax.random.split(random)]
+    pool = [jax.random.normal(key, shape, k.dtype) for key in keys]
     used = rows[:, CANDIDATE_COUNT] > 0
     rows = rows.at[:, CANDIDATE_START].add(jnp.where(used, -first, 0)).at[:, HISTORY_START].set(0)
-    table = jax.random.permutation(random, count * per_request).reshape(count, per_request).astype(jnp.int32)
+    table = jax.random.permutation(order, count * per_request).reshape(count, per_request).astype(jnp.int32)
     table = jnp.pad(table, ((0, len(rows) - count), (0, 0)))
 
     def run(tiling: Any, q: jax.Array, *rest: jax.Array) -> jax.Array:

@@ -26,7 +26,7 @@ from flame_jax.config import Config
 from flame_jax.fke.artifact import Artifact
 from flame_jax.fke.buckets import make_ladder
 from flame_jax.fke.compile import lower_program, platforms, portable_program, serialize
-from flame_jax.fke.device import target_of
+from flame_jax.fke.device import multiprocessors, target_of
 from flame_jax.fke.engine import Engine
 from flame_jax.fke.golden import Golden, Packer, golden_records, reference_bucket, score_each
 from flame_jax.fke.manifest import (
@@ -146,7 +146,13 @@ def build(config: Config, checkpoint: Checkpoint, builder: Builder) -> Manifest:
     rows = checkpoint.vocabularies.items.rows
     check_weights(weight_specs(abstract_model(model, schema, rows)), checkpoint.weights)
     target = target_of(builder.device)
-    kernels = choose_kernels(model, config.layout, target.compute_capability, config.export.kernels)
+    kernels = choose_kernels(
+        model,
+        config.layout,
+        target.compute_capability,
+        config.export.kernels,
+        multiprocessors=multiprocessors(builder.device),
+    )
     weights = served_weights(model, checkpoint.weights)
     item_table = host_item_table(model, checkpoint.weights)
     programs = {
@@ -199,7 +205,12 @@ def rebuild(artifact: Artifact, path: Path, builder: Builder) -> Manifest:
             f"artifact {artifact.path} holds fused kernels for compute capability {HOPPER}: build from the checkpoint, "
             f"or with --export.kernels xla, for {target.device_kind}"
         )
-    if not fused and "mosaic" in choose_kernels(manifest.model, manifest.layout, target.compute_capability):
+    if not fused and "mosaic" in choose_kernels(
+        manifest.model,
+        manifest.layout,
+        target.compute_capability,
+        multiprocessors=multiprocessors(builder.device),
+    ):
         log.warning(
             "artifact %s holds no fused kernels, and its programs are compiled as they are: built from the checkpoint "
             "with export.kernels=auto for %s, the model would have them",

@@ -33,6 +33,11 @@ def target_of(device: jax.Device) -> Target:
     )
 
 
+def multiprocessors(device: jax.Device) -> int:
+    """Of a GPU; 0 elsewhere."""
+    return int(getattr(device, "core_count", 0))
+
+
 def platform_of(device: jax.Device) -> str:
     """`cuda` or `rocm` for a GPU of that make, else JAX's own name (`cpu`, `tpu`)."""
     if device.platform != "gpu":

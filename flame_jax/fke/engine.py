@@ -13,10 +13,11 @@ import numpy as np
 
 from flame_jax.fke.artifact import Artifact, ArtifactError
 from flame_jax.fke.compile import deserialize, load_kernel_runtime, lower_program
-from flame_jax.fke.device import target_of
+from flame_jax.fke.device import multiprocessors, target_of
 from flame_jax.fke.golden import Golden, Packer, whole
 from flame_jax.fke.manifest import GOLDEN, executable_name, portable_name
 from flame_jax.fke.target import Target
+from flame_jax.models.kernel_choice import too_small
 from flame_jax.models.serving import check_weights, served_slot, served_specs
 from flame_jax.packing import Bucket
 from flame_jax.record import RecordLayout
@@ -63,6 +64,8 @@ class Engine:
         )
         self.golden = _golden(artifact, self.packer.records)
         self.golden_difference = float("nan")
+        if reason := too_small(manifest.kernels, multiprocessors(device)):
+            raise ArtifactError(f"artifact {artifact.path} {reason}")
         if "mosaic" in manifest.kernels.values():
             load_kernel_runtime()
         self._weights = [jax.device_put(host[name], device) for name in specs]

@@ -19,9 +19,15 @@ from flame_jax.pallas_kernels.rows import linear, thirds
 from flame_jax.pallas_kernels.segments import owned
 from flame_jax.pallas_kernels.sumi_attention.schedule import jobs, key_logs, limit, pair_logs
 
-LONGEST = 2048
-"""Rows of a history: what fits beside the weights. Its thread blocks wait for each other, so that they must all be on
-the GPU at once, beside those of other streams."""
+AT_ONCE = 4
+"""Such kernels that may run at the same time, of several streams or processes.
+
+Thread blocks of a request wait for each other. Those of a kernel start in the order of their numbers, a request's
+histories of all blocks before its candidates, so that of every kernel one request at most waits for thread blocks that
+have not started. Where these fit the GPU together, none waits forever.
+"""
+WIDEST = 4096
+"""Columns of the hidden layer that leave the ring enough tiles in shared memory."""
 
 
 def layer_stack(
@@ -67,7 +73,7 @@ def layer_stack(
     fixed = [jobs(rows, align=align, first=0, last=tokens, size=TILE)]
     numbers = [temperature]
     if coefficients is not None:
-        pairs = pair_logs(rows, time[:, :first_candidate], align=align, window=form.window)
+        pairs = pair_logs(rows, time, align=align, window=form.window)
         numbers += [coefficients, key_logs(rows, time, align=align), lax.bitcast_convert_type(pairs, x.dtype)]
     *matrices, vectors = layer_weights(weights, x.dtype)
     stack = [*matrices, weights["qkv_w"].astype(x.dtype), *vectors, weights["qkv_b"].astype(jnp.float32)]
@@ -83,18 +89,19 @@ def layer_stack(
 
 
 def fits(blocks: int, tokens: int, requests: int, window: int, align: int) -> bool:
-    """Whether a batch's rows are few enough: there is a multiprocessor for every thread block."""
-    return blocks * limit(tokens, requests, align, TILE) <= MULTIPROCESSORS and window <= LONGEST
+    """Whether a batch's rows are few enough: there is a multiprocessor for every thread block (see `AT_ONCE`)."""
+    waiting = blocks * -(-window // TILE)
+    return blocks * limit(tokens, requests, align, TILE) <= MULTIPROCESSORS and AT_ONCE * waiting <= MULTIPROCESSORS
 
 
 def misfit(dtype: Any, width: int, heads: int, hidden: int, align: int) -> str:
     """Why the kernel can't do this; empty where it can."""
-    if dtype not in (jnp.bfloat16, jnp.float16):
-        return f"dtype {jnp.dtype(dtype)} is not bfloat16 or float16"
+    if dtype != jnp.bfloat16:
+        return f"dtype {jnp.dtype(dtype)} is not bfloat16"
     if width != WIDTH or heads * TILE != WIDTH:
         return f"a model of width {width} with {heads} heads is not one of {WIDTH} with heads of {TILE}"
-    if hidden % WIDTH:
-        return f"a hidden layer of {hidden} columns is no multiple of {WIDTH}"
+    if hidden % WIDTH or hidden > WIDEST:
+        return f"a hidden layer of {hidden} columns is no multiple of {WIDTH} up to {WIDEST}"
     if align != TILE:
         return f"the layout's alignment is {align}, not {TILE}"
     return ""

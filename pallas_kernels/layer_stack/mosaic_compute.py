@@ -15,6 +15,16 @@ from jax import lax
 from flame_jax.pallas_kernels.hopper import COLUMN, FULL, ROW, TILE, Ring, per_column, per_row
 from flame_jax.pallas_kernels.layer_stack.mosaic_form import HALVES, WIDTH, Form
 from flame_jax.pallas_kernels.layer_stack.mosaic_work import PARTS, Barriers, Memory, Work, half
+from flame_jax.pallas_kernels.post_attention.types import (
+    FFN1_B,
+    FFN2_B,
+    NEXT_B,
+    NORM1_SCALE,
+    NORM1_SHIFT,
+    NORM2_SCALE,
+    NORM2_SHIFT,
+    OUT_B,
+)
 from flame_jax.pallas_kernels.rows import EPSILON
 from flame_jax.pallas_kernels.sumi_attention.mosaic_step import (
     hidden_pairs,
@@ -24,8 +34,6 @@ from flame_jax.pallas_kernels.sumi_attention.mosaic_step import (
     see_own,
     weigh,
 )
-
-OUT_B, NORM1_SCALE, NORM1_SHIFT, FFN1_B, FFN2_B, NORM2_SCALE, NORM2_SHIFT, NEXT_B = range(8)
 
 
 class _Layer(NamedTuple):

@@ -19,7 +19,7 @@ _SHARED_MEMORY = 227 * 1024
 
 @dataclass(frozen=True)
 class Tiling:
-    """How the work is cut.
+    """What `hopper.kernel` asks of a form; there is nothing to choose.
 
     Attributes:
         warpgroups: that compute.

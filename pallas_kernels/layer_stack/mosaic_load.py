@@ -83,6 +83,7 @@ def _load_history(work: Work, i: jax.Array, at: jax.Array, ring: Ring, form: For
 
         @pl.when(jnp.logical_and(i > 0, work.steps > 0))
         def _() -> None:
+            # TMA has written, and reads after this, as in JAX's own `collective_matmul_mgpu`.
             plgpu.semaphore_wait(work.arrived, HALVES * work.tiles * i, decrement=False, memory_scope="gpu")
             keys, values = (array.at[i - 1, work.block] for array in work.between)
             copy(keys, values)

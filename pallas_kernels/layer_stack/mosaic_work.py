@@ -131,6 +131,11 @@ def work_of(refs: tuple[Any, ...], form: Form) -> Work:
     for other in range(1, blocks):
         longest = jnp.maximum(longest, jobs[number, JOB_LENGTH + other])
     row = pl.multiple_of(jobs[number, FIRST_ROW], TILE)
+    temperature = take(1)[0]
+    coefficients, key_logs, pair_logs = take(3) if form.biased else [None] * 3
+    matrices, vectors = take(4), take(len(VECTORS) + 1)
+    after = take(2) if form.projects else []
+    outputs = take(1 if form.last and not form.projects else 4)
     spared = jnp.where(row < form.first_output, 1, 0)  # the last layer is the candidates' alone
     return Work(
         block=block,
@@ -144,14 +149,14 @@ def work_of(refs: tuple[Any, ...], form: Form) -> Work:
         tiles=lax.div(longest + (TILE - 1), TILE),
         arrived=None if arrived is None else arrived.at[block * form.requests + jobs[number, JOB_REQUEST]],
         inputs=inputs,
-        temperature=take(1)[0],
-        coefficients=take(1)[0] if form.biased else None,
-        key_logs=take(1)[0] if form.biased else None,
-        pair_logs=take(1)[0] if form.biased else None,
-        matrices=take(4),
-        vectors=take(len(VECTORS) + 1),
-        after=take(2) if form.projects else [],
-        outputs=take(1 if form.last and not form.projects else 4),
+        temperature=temperature,
+        coefficients=coefficients,
+        key_logs=key_logs,
+        pair_logs=pair_logs,
+        matrices=matrices,
+        vectors=vectors,
+        after=after,
+        outputs=outputs,
         between=rest,
     )
 

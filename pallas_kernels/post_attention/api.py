@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import jax
-import jax.numpy as jnp
 
 from flame_jax.pallas_kernels.kernels import Implementation
 from flame_jax.pallas_kernels.post_attention import reference
 from flame_jax.pallas_kernels.post_attention.types import Projection
-from flame_jax.pallas_kernels.rows import Drop, keep, linear
+from flame_jax.pallas_kernels.rows import Drop, keep, linear, thirds
 
 
 def post_attention(
@@ -51,5 +50,5 @@ def post_attention(
     x = reference.post_attention(attended, x, one, drop=drop)
     if following is None:
         return (x,)
-    q, k, v = jnp.split(linear(x, following.weight[following.layer], following.bias[following.layer]), 3, axis=-1)
+    q, k, v = thirds(linear(x, following.weight[following.layer], following.bias[following.layer]))
     return x[:, following.first :], q[:, following.first :], k, v

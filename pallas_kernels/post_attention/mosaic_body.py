@@ -26,9 +26,17 @@ from flame_jax.pallas_kernels.hopper import (
     tile_memory,
 )
 from flame_jax.pallas_kernels.post_attention.mosaic_form import Form
-from flame_jax.pallas_kernels.post_attention.types import VECTORS
-
-OUT_B, NORM1_SCALE, NORM1_SHIFT, FFN1_B, FFN2_B, NORM2_SCALE, NORM2_SHIFT, NEXT_B = range(8)
+from flame_jax.pallas_kernels.post_attention.types import (
+    FFN1_B,
+    FFN2_B,
+    NEXT_B,
+    NORM1_SCALE,
+    NORM1_SHIFT,
+    NORM2_SCALE,
+    NORM2_SHIFT,
+    OUT_B,
+    VECTORS,
+)
 
 
 class _Work(NamedTuple):

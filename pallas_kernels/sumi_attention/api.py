@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 
+from flame_jax.packing import HISTORY_LENGTH
 from flame_jax.pallas_kernels.kernels import Implementation
 from flame_jax.pallas_kernels.sumi_attention import reference
 from flame_jax.pallas_kernels.sumi_attention.types import PAGE_MULTIPLE, Activation, Bias, Pages
@@ -56,6 +57,8 @@ def sumi_attention(
         raise ValueError(f"token rows {k.shape[1]} and query rows {q.shape[1]} must be multiples of {align}")
     if history is not None:
         _check_pages(history, q, k)
+        held = history.table.shape[1] * history.page_rows
+        rows = rows.at[:, HISTORY_LENGTH:].min(held)  # or else keys would come from another request's row of the table
     if implementation == "mosaic":
         from flame_jax.pallas_kernels.sumi_attention import mosaic
 

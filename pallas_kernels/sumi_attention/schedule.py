@@ -128,12 +128,12 @@ def pair_logs(rows: jax.Array, time: jax.Array, *, align: int, window: int) -> j
     """What `LogBias` reads of every pair of history rows, for kernels that read it more than once.
 
     Args:
-        time: int32[blocks, H], of the history part.
+        time: int32[blocks, T].
         window: keys from the first one of a row's request on.
 
     Returns:
-        float16[2, blocks, H, window]: log2(1 + |dp|) and log2(1 + |dt|), to 11 bits. Of rows and keys that are in no
-        history they are finite, or no longer than a neighbour's, and mean nothing.
+        float16[2, blocks, T, window]: log2(1 + |dp|) and log2(1 + |dt|), to 11 bits. For rows and keys that are not of
+        one history they are finite and mean nothing.
     """
     blocks, length = time.shape
     start = tiles(rows, align=align, first=0, last=length).history_start
@@ -142,7 +142,8 @@ def pair_logs(rows: jax.Array, time: jax.Array, *, align: int, window: int) -> j
     far = jnp.broadcast_to((row[:, :, None] - key)[None], (blocks, *row.shape, window))
     then = time[:, jnp.minimum(start[:, None] + key, length - 1)]
     old = time.reshape(blocks, -1, align)[..., None] - then[:, :, None]
-    logs = jnp.log2(1.0 + jnp.abs(jnp.stack([far, old])).astype(jnp.float32))
+    distance = jnp.maximum(jnp.abs(jnp.stack([far, old])), 0)  # of times that no request has sent it may overflow
+    logs = jnp.log2(1.0 + distance.astype(jnp.float32))
     return logs.astype(jnp.float16).reshape(2, blocks, length, window)
 
 

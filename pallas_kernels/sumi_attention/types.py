@@ -82,7 +82,7 @@ class Pages(NamedTuple):
         k: [blocks, pages, page_rows, heads, dqk], page_rows a multiple of `PAGE_MULTIPLE`.
         v: [blocks, pages, page_rows, heads, dv].
         table: int32[R, max_pages], the pages of each request's history in order, the same for every block; entries
-            that a history does not reach mean nothing, but are numbers of pages.
+            that a history does not reach mean nothing, but are numbers of pages. A history ends where its row ends.
         time: int32[blocks, pages, page_rows], seconds; None where no bias reads them.
     """
 

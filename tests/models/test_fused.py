@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 from flame_jax.config import HeadConfig, HstuConfig, ModelConfig
-from flame_jax.models.kernel_choice import choose_kernels, in_use
+from flame_jax.models.kernel_choice import choose_kernels, in_use, too_small
 from flame_jax.models.registry import make_ranker
 from flame_jax.packing import Bucket, Layout
 from flame_jax.pallas_kernels.gated_output import mosaic as gated_output
@@ -40,6 +40,7 @@ CLIMBER = ModelConfig(
 HSTU = replace(CLIMBER, architecture="hstu", hstu=HstuConfig(variant="dlrm_v3", value_dim=64))
 TWO_BLOCKS = FeatureSchema(scenarios=("a", "b"), blocks=(Block("x"), Block("y")), block_length=64)
 ONE_BLOCK = replace(TWO_BLOCKS, blocks=(Block("x"),))
+on_h100 = partial(choose_kernels, multiprocessors=132)
 FUSED = Kernels("mosaic", "mosaic", "mosaic", "mosaic")
 WHOLE = replace(CLIMBER, width=128, head_dim=64)
 FUSED_CLIMBER = REFERENCE._replace(sumi_attention="mosaic", post_attention="mosaic")
@@ -64,7 +65,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=["climber", "layers in one kernel", "hstu"],
 )
 def test_fused_scores_are_the_references(config: ModelConfig, schema: FeatureSchema, lengths: list[list[int]]) -> None:
-    chosen = choose_kernels(config, LAYOUT, "9.0")
+    chosen = on_h100(config, LAYOUT, "9.0")
     random = np.random.default_rng(0)
     model = make_ranker(config, schema, ROWS, rngs=nnx.Rngs(0))
     state = jax.tree.map(lambda w: w + 0.1 * random.normal(size=w.shape).astype(w.dtype), nnx.state(model, nnx.Param))
@@ -85,10 +86,11 @@ def test_fused_scores_are_the_references(config: ModelConfig, schema: FeatureSch
 
 
 def test_a_hopper_gets_every_kernel_there_is() -> None:
-    assert choose_kernels(CLIMBER, LAYOUT, "9.0") == FUSED_CLIMBER
-    assert choose_kernels(HSTU, LAYOUT, "9.0") == FUSED_HSTU
-    assert choose_kernels(WHOLE, LAYOUT, "9.0") == FUSED_CLIMBER._replace(layer_stack="mosaic")
-    assert choose_kernels(WHOLE, Layout(align=16, max_requests=4), "9.0").layer_stack == "xla"
+    assert on_h100(CLIMBER, LAYOUT, "9.0") == FUSED_CLIMBER
+    assert on_h100(HSTU, LAYOUT, "9.0") == FUSED_HSTU
+    assert on_h100(WHOLE, LAYOUT, "9.0") == FUSED_CLIMBER._replace(layer_stack="mosaic")
+    assert choose_kernels(WHOLE, LAYOUT, "9.0", multiprocessors=114) == FUSED_CLIMBER
+    assert on_h100(WHOLE, Layout(align=16, max_requests=4), "9.0").layer_stack == "xla"
     assert in_use(WHOLE, FUSED._replace(layer_stack="mosaic")).keys() == {
         "sumi_attention",
         "post_attention",
@@ -100,8 +102,8 @@ def test_a_hopper_gets_every_kernel_there_is() -> None:
 
 @pytest.mark.parametrize("wanted", ["auto", "xla"])
 def test_a_cpu_and_who_wants_it_get_the_reference(wanted: Any) -> None:
-    assert choose_kernels(CLIMBER, LAYOUT, "", wanted) == REFERENCE
-    assert choose_kernels(CLIMBER, LAYOUT, "9.0", "xla") == REFERENCE
+    assert on_h100(CLIMBER, LAYOUT, "", wanted) == REFERENCE
+    assert on_h100(CLIMBER, LAYOUT, "9.0", "xla") == REFERENCE
 
 
 @pytest.mark.parametrize(
@@ -117,7 +119,14 @@ def test_what_is_not_fused_is_told_or_refused(
     config: ModelConfig, capability: str, reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(ValueError, match=reason):
-        choose_kernels(config, LAYOUT, capability, "mosaic")
+        on_h100(config, LAYOUT, capability, "mosaic")
     with caplog.at_level(logging.WARNING):
-        assert choose_kernels(config, LAYOUT, capability).sumi_attention == "xla"
+        assert on_h100(config, LAYOUT, capability).sumi_attention == "xla"
     assert bool(caplog.records) == bool(capability)
+
+
+def test_a_gpu_on_which_thread_blocks_would_wait_forever_is_refused() -> None:
+    whole = in_use(WHOLE, FUSED_CLIMBER._replace(layer_stack="mosaic"))
+    assert "132 multiprocessors at once, this GPU has 114" in too_small(whole, 114)
+    assert not too_small(whole, 132)
+    assert not too_small(in_use(WHOLE, FUSED_CLIMBER), 114)

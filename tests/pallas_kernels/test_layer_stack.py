@@ -22,7 +22,7 @@ from tests.packed import Packed, pack, random_request
 
 LAYERS, BLOCKS, WIDTH, FFN, HEADS = 2, 2, 128, 256, 2
 SCHEMA = FeatureSchema(scenarios=("a", "b"), blocks=(Block("x"), Block("y")), block_length=200)
-LAYOUT, BUCKET = Layout(align=64, max_requests=4), Bucket(384, 128)
+LAYOUT, BUCKET = Layout(align=64, max_requests=4), Bucket(384, 192)
 FIRST = BUCKET.tokens - BUCKET.candidates
 MOSAIC = partial(mosaic.layer_stack, interpret=True)
 
@@ -70,10 +70,12 @@ def some_x(random: np.random.Generator) -> np.ndarray:
 def test_it_matches_the_oracle_whatever_an_earlier_batch_left(implementation: str, tolerance: float) -> None:
     random = np.random.default_rng(0)
     own, x = weights(random), some_x(random)
+    # The second history reaches into the bucket's candidate part.
     requests = [
-        random_request(SCHEMA, random, lengths=n, candidates=c, rows=9) for n, c in (([130, 70], 60), ([0, 20], 3))
+        random_request(SCHEMA, random, lengths=n, candidates=c, rows=9) for n, c in (([20, 50], 3), ([130, 70], 60))
     ]
     packed = pack(SCHEMA, LAYOUT, BUCKET, requests, dirt=random)
+    assert packed.places[1].history_start + 130 > FIRST
     given = {f"layers/{name}": w.astype(np.float64) for name, w in own.items()}
     expected, slots = [], []
     poisoned = np.full_like(x, np.nan) if implementation == "mosaic" else x
@@ -135,6 +137,7 @@ def test_whose_rows_there_are() -> None:
         ({"width": 64}, "width 64"),
         ({"heads": 4}, "4 heads"),
         ({"hidden": 192}, "192 columns"),
+        ({"hidden": 8192}, "8192 columns"),
         ({"align": 16}, "alignment is 16"),
     ],
 )
@@ -148,7 +151,7 @@ def test_thread_blocks_that_wait_for_each_other_are_no_more_than_multiprocessors
     few = {"blocks": 2, "tokens": 66 * 64, "requests": 32, "window": 512, "align": 64}
     assert mosaic.fits(**few)
     assert not mosaic.fits(**few | {"tokens": 67 * 64})
-    assert not mosaic.fits(**few | {"window": 2049})
+    assert not mosaic.fits(**few | {"window": 1025})
     random = np.random.default_rng(3)
     x = jnp.zeros((BLOCKS, 67 * 64, WIDTH), jnp.bfloat16)
     own = {name: jnp.asarray(w) for name, w in weights(random).items()}

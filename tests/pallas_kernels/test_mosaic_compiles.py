@@ -1,4 +1,4 @@
-"""HSTU's row-wise kernels and paged attention compile for an H100; needs the CUDA plugin (`make cross`), no GPU."""
+"""HSTU's row-wise kernels, paged attention and layer stacks compile for an H100; needs `make cross`, no GPU."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from jax.experimental import serialize_executable
 
 from flame_jax.fke.device import described_device
 from flame_jax.pallas_kernels.gated_output import mosaic as gated
+from flame_jax.pallas_kernels.layer_stack import mosaic as stack
+from flame_jax.pallas_kernels.post_attention.types import Projection
 from flame_jax.pallas_kernels.pre_attention import mosaic as pre
 from flame_jax.pallas_kernels.sumi_attention.api import sumi_attention
 from flame_jax.pallas_kernels.sumi_attention.types import Bias, LogBias, Pages, Silu, Softmax
@@ -80,6 +82,37 @@ def with_pages(blocks: int, heads: int, dim: int, *, softmax: bool) -> jax.stage
     return jax.jit(attention).lower(*arrays, history=history, temperature=temperature, bias=bias).compile()
 
 
+def layer_stack(*, layers: int, whole: bool) -> jax.stages.Compiled:
+    """All layers in one launch, as nothing but a GPU runs them; `whole`, with a bias and something that follows."""
+    blocks, width, hidden, tokens, first = 2, 128, 512, 1024, 640
+    shapes = {"qkv": (width, 3 * width), "out": (width, width), "ffn1": (width, hidden), "ffn2": (hidden, width)}
+    weights = {f"{name}_w": array(layers, blocks, *shape) for name, shape in shapes.items()}
+    sizes = {f"{name}_b": shape[1] for name, shape in shapes.items()}
+    sizes |= {f"norm{n}_{part}": width for n in (1, 2) for part in ("scale", "shift")}
+    weights |= {name: array(layers, blocks, size, dtype=jnp.float32) for name, size in sizes.items()}
+    heads = layers, blocks, 3, 2
+
+    def run(x: jax.Array, weights: Any, rows: jax.Array, time: jax.Array, temperature: jax.Array, bias: Any) -> Any:
+        following = Projection(weights["qkv_w"][:1, :1], weights["qkv_b"][:1, :1], 0) if whole else None
+        return stack.layer_stack(
+            x,
+            weights,
+            rows,
+            time,
+            temperature=temperature,
+            coefficients=bias,
+            following=following,
+            first_candidate=first,
+            align=64,
+            window=512,
+        )
+
+    integers = (array(*shape, dtype=jnp.int32) for shape in ((8, 5 + blocks), (blocks, tokens)))
+    bias = array(*heads, 3, dtype=jnp.float32) if whole else None
+    operands = array(blocks, tokens, width), weights, *integers, array(*heads, dtype=jnp.float32), bias
+    return jax.jit(run).lower(*operands).compile()
+
+
 @pytest.mark.skipif(not (PLUGIN / "jax_plugins").is_dir(), reason="`make cross` was not run")
 def test_they_compile_for_a_gpu_that_is_not_here() -> None:
     path = os.pathsep.join([str(ROOT), str(PLUGIN), *sys.path])
@@ -88,7 +121,7 @@ def test_they_compile_for_a_gpu_that_is_not_here() -> None:
     command = [sys.executable, "-m", "tests.pallas_kernels.test_mosaic_compiles"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["mosaic"] * 7
+    assert done.stdout.split() == ["mosaic"] * 9
 
 
 if __name__ == "__main__":
@@ -96,6 +129,8 @@ if __name__ == "__main__":
     for executable in (
         *row_wise(),
         *(with_pages(*shape, softmax=softmax) for *shape, softmax in (climber, hstu, wide)),
+        layer_stack(layers=3, whole=True),
+        layer_stack(layers=1, whole=False),
     ):
         assert serialize_executable.serialize(executable)[0]
         print("mosaic" if "mosaic_gpu" in str(executable.as_text()) else "none")
