@@ -42,7 +42,7 @@ TWO_BLOCKS = FeatureSchema(scenarios=("a", "b"), blocks=(Block("x"), Block("y"))
 ONE_BLOCK = replace(TWO_BLOCKS, blocks=(Block("x"),))
 on_h100 = partial(choose_kernels, multiprocessors=132)
 FUSED = Kernels("mosaic", "mosaic", "mosaic", "mosaic")
-WHOLE = replace(CLIMBER, width=128, head_dim=64)
+WHOLE = replace(CLIMBER, width=128, head_dim=64, layers=1)
 FUSED_CLIMBER = REFERENCE._replace(sumi_attention="mosaic", post_attention="mosaic")
 FUSED_HSTU = FUSED._replace(post_attention="xla")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flame_jax.packing import Bucket, Layout
+from flame_jax.packing import Bucket, Layout, Place
 from flame_jax.pallas_kernels.kernels import REFERENCE
 from flame_jax.pallas_kernels.layer_stack import mosaic
 from flame_jax.pallas_kernels.layer_stack.api import layer_stack
@@ -18,8 +19,10 @@ from flame_jax.pallas_kernels.post_attention.types import Projection
 from flame_jax.pallas_kernels.segments import owned
 from flame_jax.schema import Block, FeatureSchema
 from tests.oracles import climber as oracle
+from tests.oracles.climber import OracleRequest
 from tests.packed import Packed, pack, random_request
 
+Weights = dict[str, np.ndarray]
 LAYERS, BLOCKS, WIDTH, FFN, HEADS = 2, 2, 128, 256, 2
 SCHEMA = FeatureSchema(scenarios=("a", "b"), blocks=(Block("x"), Block("y")), block_length=200)
 LAYOUT, BUCKET = Layout(align=64, max_requests=4), Bucket(384, 192)
@@ -27,7 +30,7 @@ FIRST = BUCKET.tokens - BUCKET.candidates
 MOSAIC = partial(mosaic.layer_stack, interpret=True)
 
 
-def weights(random: np.random.Generator) -> dict[str, np.ndarray]:
+def weights(random: np.random.Generator) -> Weights:
     """By name, with the oracle's `temperature` and `bias`; matrices that bfloat16 holds exactly."""
 
     def matrix(rows: int, columns: int) -> np.ndarray:
@@ -45,7 +48,7 @@ def weights(random: np.random.Generator) -> dict[str, np.ndarray]:
     return found | {"temperature": vector(2, HEADS, mean=8.0), "bias": vector(2, HEADS, 3)}
 
 
-def run(implementation: str, x: np.ndarray, packed: Packed, own: dict[str, np.ndarray], **changed: Any) -> Any:
+def run(implementation: str, x: np.ndarray, packed: Packed, own: Weights, **changed: Any) -> Any:
     given = {name: jnp.asarray(w) for name, w in own.items() if name not in ("temperature", "bias")}
     wide = implementation == "xla"
     function = partial(layer_stack, kernels=REFERENCE) if wide else MOSAIC
@@ -66,61 +69,80 @@ def some_x(random: np.random.Generator) -> np.ndarray:
     return np.asarray(jnp.asarray(random.normal(size=(BLOCKS, BUCKET.tokens, WIDTH)), jnp.bfloat16), np.float32)
 
 
-@pytest.mark.parametrize(("implementation", "tolerance"), [("xla", 1e-4), ("mosaic", 0.08)])
-def test_it_matches_the_oracle_whatever_an_earlier_batch_left(implementation: str, tolerance: float) -> None:
-    random = np.random.default_rng(0)
-    own, x = weights(random), some_x(random)
-    # The second history reaches into the bucket's candidate part.
+def requests_and(random: np.random.Generator) -> tuple[list[OracleRequest], Packed]:
+    """Two requests; the second history reaches into the bucket's candidate part."""
     requests = [
         random_request(SCHEMA, random, lengths=n, candidates=c, rows=9) for n, c in (([20, 50], 3), ([130, 70], 60))
     ]
     packed = pack(SCHEMA, LAYOUT, BUCKET, requests, dirt=random)
     assert packed.places[1].history_start + 130 > FIRST
+    return requests, packed
+
+
+def parts(request: OracleRequest, where: Place) -> tuple[list[slice], slice]:
+    """Token rows: of each block's history, and of the candidates."""
+    histories = [slice(where.history_start, where.history_start + len(items)) for items, *_ in request.blocks]
+    return histories, slice(where.candidate_start, where.candidate_start + len(request.candidates))
+
+
+def poisoned(x: np.ndarray, requests: list[OracleRequest], places: list[Place]) -> np.ndarray:
+    """x of the requests, NaN elsewhere."""
+    found = np.full_like(x, np.nan)
+    for request, where in zip(requests, places, strict=True):
+        histories, candidates = parts(request, where)
+        found[:, candidates] = x[:, candidates]
+        for block, mine in enumerate(histories):
+            found[block, mine] = x[block, mine]
+    return found
+
+
+def check(
+    found: list[np.ndarray], x: np.ndarray, requests: list[OracleRequest], packed: Packed, own: Weights, limit: float
+) -> None:
+    """Every candidate row against the oracle, and q, k and v of what follows."""
     given = {f"layers/{name}": w.astype(np.float64) for name, w in own.items()}
-    expected, slots = [], []
-    poisoned = np.full_like(x, np.nan) if implementation == "mosaic" else x
     for request, where in zip(requests, packed.places, strict=True):
-        at = slice(where.candidate_start, where.candidate_start + len(request.candidates))
-        slots.append(slice(at.start - FIRST, at.stop - FIRST))
-        poisoned[:, at] = x[:, at]
+        histories, candidates = parts(request, where)
+        slot = slice(candidates.start - FIRST, candidates.stop - FIRST)
         for block, (items, actions, times) in enumerate(request.blocks):
-            mine = slice(where.history_start, where.history_start + len(items))
-            poisoned[block, mine] = x[block, mine]
-            request.blocks[block] = np.arange(len(items)), np.zeros_like(actions), times
-            tokens = given | {"item": x[block, mine].astype(np.float64), "action": np.zeros((1, WIDTH))}
-            candidates = x[block, at].astype(np.float64)
-            expected.append(oracle.run_block(tokens, request, block, candidates, heads=HEADS, head_dim=WIDTH // HEADS))
-    out, *qkv = run(implementation, poisoned, packed, own)
-    assert all(np.isfinite(part).all() for part in (out, *qkv))
-    after = own["qkv_w"][0, 0].astype(np.float64), own["qkv_b"][0, 0]
-    for number, y in enumerate(expected):
-        block, slot = number % BLOCKS, slots[number // BLOCKS]
-        np.testing.assert_allclose(out[block, slot], y, rtol=0, atol=tolerance)
-        for mine, theirs in zip(qkv, np.split(y @ after[0] + after[1], 3, axis=-1), strict=True):
-            np.testing.assert_allclose(mine[block, slot], theirs, rtol=0, atol=tolerance)
+            tokens = given | {"item": x[block, histories[block]].astype(np.float64), "action": np.zeros((1, WIDTH))}
+            blocks = {block: (np.arange(len(items)), np.zeros_like(actions), times)}
+            asked = replace(request, blocks=[blocks.get(n, old) for n, old in enumerate(request.blocks)])
+            of_block = x[block, candidates].astype(np.float64)
+            y = oracle.run_block(tokens, asked, block, of_block, heads=HEADS, head_dim=WIDTH // HEADS)
+            after = y @ own["qkv_w"][0, 0].astype(np.float64) + own["qkv_b"][0, 0]
+            for mine, theirs in zip(found, (y, *np.split(after, 3, axis=-1)), strict=True):
+                np.testing.assert_allclose(mine[block, slot], theirs, rtol=0, atol=limit)
 
 
-def test_a_requests_bits_do_not_depend_on_its_company() -> None:
-    random = np.random.default_rng(1)
+def test_layers_one_after_another_match_the_oracle() -> None:
+    random = np.random.default_rng(0)
     own, x = weights(random), some_x(random)
-    one, other = (random_request(SCHEMA, random, lengths=n, candidates=9, rows=9) for n in ([100, 64], [64, 5]))
-    among, alone = (pack(SCHEMA, LAYOUT, BUCKET, requests) for requests in ([other, one], [one]))
-    here, there = among.places[1], alone.places[0]
-    moved = np.zeros_like(x)
-    moved[:, there.history_start :][:, :128] = x[:, here.history_start :][:, :128]
-    moved[:, there.candidate_start :][:, :64] = x[:, here.candidate_start :][:, :64]
-    found, same = (run("mosaic", *given, own)[0] for given in ((x, among), (moved, alone)))
-    rows = [slice(p.candidate_start - FIRST, p.candidate_start - FIRST + 9) for p in (here, there)]
-    assert (found[:, rows[0]] == same[:, rows[1]]).all()
-    assert found[:, rows[0]].std() > 0.1
+    requests, packed = requests_and(random)
+    check(run("xla", x, packed, own), x, requests, packed, own, 1e-4)
+
+
+def test_one_kernel_matches_the_oracle_whatever_an_earlier_batch_left_and_in_any_company() -> None:
+    random = np.random.default_rng(0)
+    own, x = weights(random), some_x(random)
+    requests, packed = requests_and(random)
+    found = run("mosaic", poisoned(x, requests, packed.places), packed, own)
+    assert all(np.isfinite(part).all() for part in found)
+    check(found, x, requests, packed, own, 0.08)
+
+    alone, moved = pack(SCHEMA, LAYOUT, BUCKET, requests[1:], dirt=random), x.copy()
+    (histories, here), (elsewhere, there) = (parts(requests[1], place) for place in (packed.places[1], alone.places[0]))
+    moved[:, there] = x[:, here]
+    for block, (source, to) in enumerate(zip(histories, elsewhere, strict=True)):
+        moved[block, to] = x[block, source]
+    same = run("mosaic", poisoned(moved, requests[1:], alone.places), alone, own)
+    assert here != there
+    for mine, theirs in zip(found, same, strict=True):
+        assert (mine[:, here.start - FIRST : here.stop - FIRST] == theirs[:, there.start - FIRST :][:, :60]).all()
 
 
 def test_whose_rows_there_are() -> None:
-    random = np.random.default_rng(2)
-    requests = [
-        random_request(SCHEMA, random, lengths=n, candidates=c, rows=9) for n, c in (([130, 70], 60), ([0, 20], 3))
-    ]
-    packed = pack(SCHEMA, LAYOUT, BUCKET, requests)
+    requests, packed = requests_and(np.random.default_rng(2))
     expected = np.zeros((BLOCKS, BUCKET.tokens), bool)
     for request, where in zip(requests, packed.places, strict=True):
         expected[:, where.candidate_start :][:, : len(request.candidates)] = True
