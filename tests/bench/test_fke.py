@@ -379,6 +379,7 @@ def test_tasks_that_fail_do_not_stop_others() -> None:
 @pytest.mark.parametrize("right", [True, False])
 def test_the_check_of_the_layer_stack_tells_right_from_wrong(right: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, found = check_stack.OURS, dict[str, bool]()
+    monkeypatch.setattr(check_stack, "DEPTH", 2)
     monkeypatch.setattr(check_stack, "BUCKET", Bucket(640, 192))
     monkeypatch.setattr(check_stack, "BATCHES", {"alone": [ours], "among others": [Extent(64, 9), ours]})
 
