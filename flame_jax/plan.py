@@ -20,12 +20,11 @@ from flame_jax.commandline import load, refuse
 from flame_jax.config import Config
 from flame_jax.dso.replay import Level, arriving_within, replay, together
 from flame_jax.fke.buckets import Ladder, make_ladder
-from flame_jax.fke.device import multiprocessors, target_of
+from flame_jax.fke.device import kernels_for
 from flame_jax.fke.footprint import Footprint, measure
 from flame_jax.fke.ladder import Budget, Demand, choose_ladder, largest_for, smallest_largest
 from flame_jax.models.checkpoint import CheckpointError, load_checkpoint
 from flame_jax.models.cost import bucket_cost, filled_cost
-from flame_jax.models.kernel_choice import choose_kernels
 from flame_jax.models.serving import served_slot
 from flame_jax.packing import Bucket
 from flame_jax.trace import Trace, TraceError, read_trace
@@ -201,7 +200,6 @@ def take_measure(args: argparse.Namespace, config: Config, fixed: Ladder, demand
         checkpoint.check_fits(config.model, config.schema, args.checkpoint)
         vocabulary = checkpoint.vocabularies.items.rows
     device, largest = jax.devices()[0], fixed[-1]
-    capability = target_of(device).compute_capability
     smallest = Bucket(
         min(int(demand.tokens.min()), *(bucket.tokens for bucket in fixed)),
         min(int(demand.candidates.min()), *(bucket.candidates for bucket in fixed)),
@@ -216,13 +214,7 @@ def take_measure(args: argparse.Namespace, config: Config, fixed: Ladder, demand
             vocabulary,
             precision=config.export.matmul_precision,
             device=device,
-            kernels=choose_kernels(
-                config.model,
-                config.layout,
-                capability,
-                config.export.kernels,
-                multiprocessors=multiprocessors(device),
-            ),
+            kernels=kernels_for(device, config.model, config.layout, config.export.kernels),
         )
     except RuntimeError as error:
         raise PlanError(f"buckets can't be compiled here (--no-measure plans without): {error}") from error

@@ -12,21 +12,16 @@ from bench.baselines.runs import CLIMBER, HSTU, jax_runs
 from bench.fke.choice import chosen, named
 from bench.fke.passes import (
     FUSED,
-    REFERENCE,
     Progress,
     apart,
     batch,
+    compare,
     compile_together,
     configured,
     engine_runs,
-    first,
-    launches,
     least_bytes,
     useful_flops,
-    wait,
 )
-from bench.fke.roofline import Point
-from bench.timing import side_by_side
 from flame_jax.pallas_kernels.kernels import Kernels
 
 
@@ -100,28 +95,9 @@ def _prepare(case: Case, baselines: Sequence[str], device: jax.Device) -> _Prepa
 def _measure(prepared: _Prepared, progress: Progress) -> dict[str, Any]:
     """Milliseconds by implementation, and how far each one's scores are from the reference's."""
     case, inputs, kernels, runs = prepared
-    scores, failed = first(runs, progress)
-    ready = launches({name: runs[name] for name in scores})
-    milliseconds = side_by_side(ready, rounds=5, seconds=0.1, wait=wait)
-    fused = milliseconds[FUSED]
-    best = min((name for name in milliseconds if name not in (FUSED, REFERENCE)), key=milliseconds.__getitem__)
-    flops, least = useful_flops(inputs), least_bytes(inputs)
-    progress(f"{case.name}: {fused:.3f} ms, {milliseconds[best] / fused:.2f} x {best}")
-    return {
-        **case._asdict(),
-        "kernels": kernels._asdict(),
-        "ms": milliseconds,
-        "best_baseline": best,
-        "ratio": milliseconds[best] / fused,
-        "pairs_per_second": case.requests * case.candidates / fused * 1e3,
-        "useful_tflops": flops / fused / 1e9,
-        "apart": apart(scores),
-        "failed": failed,
-        "points": [
-            Point(f"{case.name}, {name}", "forward", name == FUSED, flops, least, milliseconds[name])._asdict()
-            for name in (FUSED, best)
-        ],
-    }
+    scores, row = compare(case.name, runs, useful_flops(inputs), least_bytes(inputs), progress)
+    pairs = case.requests * case.candidates / row["ms"][FUSED] * 1e3
+    return case._asdict() | {"kernels": kernels._asdict(), "pairs_per_second": pairs, "apart": apart(scores)} | row
 
 
 def table(results: list[dict[str, Any]]) -> str:

@@ -11,14 +11,14 @@ import numpy as np
 
 from bench.artifacts import untrained
 from bench.baselines.inputs import Inputs, Run, make_inputs, packed_run
+from bench.fke.roofline import Point
 from bench.threads import together, told
-from bench.timing import Launch
+from bench.timing import Launch, side_by_side
 from flame_jax.commandline import load
 from flame_jax.config import Config
-from flame_jax.fke.device import multiprocessors, target_of
+from flame_jax.fke.device import kernels_for
 from flame_jax.fke.golden import Golden
 from flame_jax.models.cost import request_cost
-from flame_jax.models.kernel_choice import choose_kernels
 from flame_jax.models.serving import served_weights
 from flame_jax.pallas_kernels.kernels import Kernels
 
@@ -45,8 +45,7 @@ def batch(config: str, requests: int, history: int, candidates: int) -> Inputs:
 def engine_runs(inputs: Inputs, device: jax.Device) -> tuple[Kernels, dict[str, Run]]:
     """The kernels that an export for this device chooses; the engine's program with them, and with none."""
     config = inputs.config
-    capability = target_of(device).compute_capability
-    kernels = choose_kernels(config.model, config.layout, capability, multiprocessors=multiprocessors(device))
+    kernels = kernels_for(device, config.model, config.layout)
     return kernels, {FUSED: packed_run(inputs, kernels), REFERENCE: packed_run(inputs)}
 
 
@@ -86,6 +85,34 @@ def wait(launched: tuple[Run, Any]) -> None:
     """Until what one of `launches` gave is there."""
     run, output = launched
     run.wait(output)
+
+
+def compare(
+    name: str, runs: Mapping[str, Run], flops: int, least: int, progress: Progress
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Scores of each run, and what a row says of their times.
+
+    Args:
+        name: of the case, for the roofline's points.
+        flops: useful ones.
+        least: bytes that have to move.
+    """
+    scores, failed = first(runs, progress)
+    milliseconds = side_by_side(launches({one: runs[one] for one in scores}), rounds=5, seconds=0.1, wait=wait)
+    fused = milliseconds[FUSED]
+    best = min((one for one in milliseconds if one not in (FUSED, REFERENCE)), key=milliseconds.__getitem__)
+    progress(f"{name}: {fused:.3f} ms, {milliseconds[best] / fused:.2f} x {best}")
+    return scores, {
+        "ms": milliseconds,
+        "best_baseline": best,
+        "ratio": milliseconds[best] / fused,
+        "useful_tflops": flops / fused / 1e9,
+        "failed": failed,
+        "points": [
+            Point(f"{name}, {one}", "forward", one == FUSED, flops, least, milliseconds[one])._asdict()
+            for one in (FUSED, best)
+        ],
+    }
 
 
 def apart(scores: Mapping[str, np.ndarray]) -> dict[str, float]:

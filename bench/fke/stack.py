@@ -12,12 +12,9 @@ from bench.baselines.inputs import Inputs, Run
 from bench.baselines.runs import GIVEN, HSTU, given_runs, hstu_tokens, jax_run
 from bench.fke.choice import chosen, named
 from bench.fke.layers import Layers, Operands, candidates_alone, layers_run, random_history, whole
-from bench.fke.passes import FUSED, REFERENCE, Progress, batch, compile_together, first, launches, useful_flops, wait
-from bench.fke.roofline import Point
-from bench.timing import side_by_side
-from flame_jax.fke.device import multiprocessors, target_of
+from bench.fke.passes import FUSED, REFERENCE, Progress, batch, compare, compile_together, useful_flops
+from flame_jax.fke.device import kernels_for
 from flame_jax.models.cost import request_cost
-from flame_jax.models.kernel_choice import choose_kernels
 from flame_jax.pallas_kernels import kernels as implementations
 from flame_jax.pallas_kernels.kernels import Kernels
 
@@ -82,9 +79,7 @@ def stack(
 def _prepare(case: Case, baselines: Sequence[str], device: jax.Device) -> _Prepared:
     inputs = batch(case.config, case.requests, case.history, case.candidates)
     model, layout = inputs.config.model, inputs.config.layout
-    kernels = choose_kernels(
-        model, layout, target_of(device).compute_capability, multiprocessors=multiprocessors(device)
-    )
+    kernels = kernels_for(device, model, layout)
     if case.given:
         history, start = random_history(inputs), 0
         operands = candidates_alone(inputs, history)
@@ -119,27 +114,15 @@ def least_bytes(case: Case, inputs: Inputs, operands: Operands) -> int:
 
 def _measure(prepared: _Prepared, progress: Progress) -> dict[str, Any]:
     """Milliseconds by implementation, and how far each one's rows are from the reference's."""
-    case, runs, flops = prepared.case, prepared.runs, prepared.flops
-    rows, failed = first(runs, progress)
-    milliseconds = side_by_side(launches({name: runs[name] for name in rows}), rounds=5, seconds=0.1, wait=wait)
-    fused = milliseconds[FUSED]
-    best = min((name for name in milliseconds if name not in (FUSED, REFERENCE)), key=milliseconds.__getitem__)
-    progress(f"{case.name}: {fused:.3f} ms, {milliseconds[best] / fused:.2f} x {best}")
+    case = prepared.case
+    rows, row = compare(case.name, prepared.runs, prepared.flops, prepared.bytes, progress)
     return {
         "case": case.name,
         **case._asdict(),
         "kernels": prepared.kernels._asdict(),
-        "ms": milliseconds,
-        "best_baseline": best,
-        "ratio": milliseconds[best] / fused,
-        "stated_ratio": case.stated_ms / fused,
-        "useful_tflops": flops / fused / 1e9,
+        "stated_ratio": case.stated_ms / row["ms"][FUSED],
         "apart": {name: apart(found, rows[REFERENCE]) for name, found in rows.items()},
-        "failed": failed,
-        "points": [
-            Point(f"{case.name}, {n}", "forward", n == FUSED, flops, prepared.bytes, milliseconds[n])._asdict()
-            for n in (FUSED, best)
-        ],
+        **row,
     }
 
 

@@ -26,7 +26,7 @@ from flame_jax.config import Config
 from flame_jax.fke.artifact import Artifact
 from flame_jax.fke.buckets import make_ladder
 from flame_jax.fke.compile import lower_program, platforms, portable_program, serialize
-from flame_jax.fke.device import multiprocessors, target_of
+from flame_jax.fke.device import kernels_for, target_of
 from flame_jax.fke.engine import Engine
 from flame_jax.fke.golden import Golden, Packer, golden_records, reference_bucket, score_each
 from flame_jax.fke.manifest import (
@@ -46,7 +46,7 @@ from flame_jax.fke.tuning import Tuning, compile_tuned, results_file
 from flame_jax.fke.writer import check_place, write_artifact
 from flame_jax.models.checkpoint import Checkpoint
 from flame_jax.models.cost import bucket_cost
-from flame_jax.models.kernel_choice import HOPPER, choose_kernels, in_use
+from flame_jax.models.kernel_choice import HOPPER, in_use
 from flame_jax.models.serving import (
     abstract_model,
     check_weights,
@@ -145,14 +145,7 @@ def build(config: Config, checkpoint: Checkpoint, builder: Builder) -> Manifest:
     ladder = make_ladder(config.export.buckets, schema, config.layout)
     rows = checkpoint.vocabularies.items.rows
     check_weights(weight_specs(abstract_model(model, schema, rows)), checkpoint.weights)
-    target = target_of(builder.device)
-    kernels = choose_kernels(
-        model,
-        config.layout,
-        target.compute_capability,
-        config.export.kernels,
-        multiprocessors=multiprocessors(builder.device),
-    )
+    kernels = kernels_for(builder.device, model, config.layout, config.export.kernels)
     weights = served_weights(model, checkpoint.weights)
     item_table = host_item_table(model, checkpoint.weights)
     programs = {
@@ -180,7 +173,7 @@ def build(config: Config, checkpoint: Checkpoint, builder: Builder) -> Manifest:
         model=model,
         schema=schema,
         layout=config.layout,
-        target=target,
+        target=target_of(builder.device),
         platforms=platforms(kernels),
         matmul_precision=config.export.matmul_precision,
         kernels=in_use(model, kernels),
@@ -205,12 +198,7 @@ def rebuild(artifact: Artifact, path: Path, builder: Builder) -> Manifest:
             f"artifact {artifact.path} holds fused kernels for compute capability {HOPPER}: build from the checkpoint, "
             f"or with --export.kernels xla, for {target.device_kind}"
         )
-    if not fused and "mosaic" in choose_kernels(
-        manifest.model,
-        manifest.layout,
-        target.compute_capability,
-        multiprocessors=multiprocessors(builder.device),
-    ):
+    if not fused and "mosaic" in kernels_for(builder.device, manifest.model, manifest.layout):
         log.warning(
             "artifact %s holds no fused kernels, and its programs are compiled as they are: built from the checkpoint "
             "with export.kernels=auto for %s, the model would have them",

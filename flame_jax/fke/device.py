@@ -7,11 +7,16 @@ import importlib.resources
 import platform
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import jax
 from jax.experimental import topologies
 
+from flame_jax.config import ModelConfig
 from flame_jax.fke.target import Target
+from flame_jax.models.kernel_choice import choose_kernels
+from flame_jax.packing import Layout
+from flame_jax.pallas_kernels.kernels import Kernels
 
 _DESCRIPTIONS = importlib.resources.files("flame_jax.fke") / "devices"
 
@@ -36,6 +41,14 @@ def target_of(device: jax.Device) -> Target:
 def multiprocessors(device: jax.Device) -> int:
     """Of a GPU; 0 elsewhere."""
     return int(getattr(device, "core_count", 0))
+
+
+def kernels_for(
+    device: jax.Device, model: ModelConfig, layout: Layout, wanted: Literal["auto", "xla", "mosaic"] = "auto"
+) -> Kernels:
+    """`choose_kernels` for this device."""
+    capability = target_of(device).compute_capability
+    return choose_kernels(model, layout, capability, wanted, multiprocessors=multiprocessors(device))
 
 
 def platform_of(device: jax.Device) -> str:

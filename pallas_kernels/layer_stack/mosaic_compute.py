@@ -15,16 +15,7 @@ from jax import lax
 from flame_jax.pallas_kernels.hopper import COLUMN, FULL, ROW, TILE, Ring, per_column, per_row
 from flame_jax.pallas_kernels.layer_stack.mosaic_form import HALVES, WIDTH, Form
 from flame_jax.pallas_kernels.layer_stack.mosaic_work import PARTS, Barriers, Memory, Work, half
-from flame_jax.pallas_kernels.post_attention.types import (
-    FFN1_B,
-    FFN2_B,
-    NEXT_B,
-    NORM1_SCALE,
-    NORM1_SHIFT,
-    NORM2_SCALE,
-    NORM2_SHIFT,
-    OUT_B,
-)
+from flame_jax.pallas_kernels.post_attention.types import IN_MEMORY
 from flame_jax.pallas_kernels.rows import EPSILON
 from flame_jax.pallas_kernels.sumi_attention.mosaic_step import (
     hidden_pairs,
@@ -47,10 +38,10 @@ class _Layer(NamedTuple):
     barriers: Barriers
     form: Form
 
-    def vector(self, which: int, at: Any, size: int = TILE) -> jax.Array:
-        """A piece of one of the layer's vectors, as an accumulator's columns."""
-        start = sum(self.form.vectors[:which]) + at
-        return plgpu.load(self.memory.vectors.at[lax.rem(self.i, 2), pl.ds(start, size)], layout=COLUMN)
+    def vector(self, name: str, at: Any) -> jax.Array:
+        """64 numbers of one of the layer's vectors, as an accumulator's columns."""
+        start = sum(self.form.vectors[: IN_MEMORY.index(name)]) + at
+        return plgpu.load(self.memory.vectors.at[lax.rem(self.i, 2), pl.ds(start, TILE)], layout=COLUMN)
 
     def take(self, number: jax.Array) -> Any:
         """This warpgroup's half of a tile of the ring."""
@@ -77,10 +68,10 @@ def compute(work: Work, group: jax.Array, memory: Memory, ring: Ring, barriers: 
         _attend(own, at)
         at += work.tiles_per_step(form) * work.steps
         y = _product(own, memory.q, at)
-        _add_and_norm(own, y, OUT_B, NORM1_SCALE, NORM1_SHIFT)
+        _add_and_norm(own, y, "out_b", "norm1_scale", "norm1_shift")
         at += HALVES
         y = _feed_forward(own, at)
-        _add_and_norm(own, y, FFN2_B, NORM2_SCALE, NORM2_SHIFT)
+        _add_and_norm(own, y, "ffn2_b", "norm2_scale", "norm2_shift")
         at += 4 * (form.hidden // WIDTH)
         goes_on = work.goes_on(i, form)
 
@@ -200,7 +191,7 @@ def _product(own: _Layer, left: Any, at: jax.Array) -> jax.Array:
     return product
 
 
-def _add_and_norm(own: _Layer, y: jax.Array, bias: int, scale: int, shift: int) -> None:
+def _add_and_norm(own: _Layer, y: jax.Array, bias: str, scale: str, shift: str) -> None:
     """x = norm(x + y + bias); mean and variance come from both warpgroups' columns."""
     memory, group, start = own.memory, own.group, own.group * TILE
     y = y + per_column(own.vector(bias, start), y) + plgpu.load(memory.x.at[group], layout=FULL).astype(jnp.float32)
@@ -226,7 +217,7 @@ def _feed_forward(own: _Layer, at: jax.Array) -> jax.Array:
 
     def hidden(chunk: Any) -> jax.Array:
         raw = _product(own, memory.x, at + 4 * chunk)
-        raw = raw + per_column(own.vector(FFN1_B, chunk * WIDTH + group * TILE), raw)
+        raw = raw + per_column(own.vector("ffn1_b", chunk * WIDTH + group * TILE), raw)
         return jnp.maximum(raw, 0.0).astype(form.dtype)
 
     def scope(*accumulators: Any) -> list[jax.Array]:
@@ -269,7 +260,7 @@ def _project(own: _Layer, at: jax.Array) -> None:
     memory = own.memory
     for n, part in enumerate(PARTS):
         raw = _product(own, memory.x, at + HALVES * n)
-        bias = own.vector(NEXT_B, part * WIDTH + own.group * TILE)
+        bias = own.vector("next_b", part * WIDTH + own.group * TILE)
         (memory.q, memory.k, memory.v)[part][own.group] = (raw + per_column(bias, raw)).astype(own.form.dtype)
         if n == 1:
             plgpu.commit_smem()

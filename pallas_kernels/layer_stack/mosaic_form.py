@@ -69,7 +69,7 @@ class Form:
 
     @property
     def vectors(self) -> tuple[int, ...]:
-        """Lengths of `post_attention.types.VECTORS`, and of the following layer's bias."""
+        """Lengths of `post_attention.types.IN_MEMORY`."""
         return WIDTH, WIDTH, WIDTH, self.hidden, WIDTH, WIDTH, WIDTH, 3 * WIDTH
 
     @property

@@ -58,7 +58,6 @@ def _load_vectors(work: Work, i: jax.Array, memory: Memory, barriers: Barriers, 
 
 def _load_history(work: Work, i: jax.Array, at: jax.Array, ring: Ring, form: Form) -> None:
     """Keys, logarithms and values by turns, as soon as the layer before has written them."""
-
     tiles = work.tiles_per_step(form)
 
     def copy(keys: Any, values: Any) -> None:
@@ -99,20 +98,18 @@ def _load_matrices(work: Work, i: jax.Array, at: jax.Array, ring: Ring, form: Fo
 
     @pl.loop(0, chunks)
     def _(chunk: jax.Array) -> None:
-        start = chunk * WIDTH
-        own = [pl.ds(start + group * TILE, TILE) for group in range(HALVES)]
         for n in range(HALVES):
-            ring.send(at + 4 * chunk + n, *(ffn1.at[half(n), columns] for columns in own))
+            ring.send(at + 4 * chunk + n, *halves(half(n), ffn1, chunk))
         for n in range(HALVES):
-            ring.send(at + 4 * chunk + 2 + n, *(ffn2.at[rows, half(n)] for rows in own))
+            rows = (half(group, chunk) for group in range(HALVES))
+            ring.send(at + 4 * chunk + HALVES + n, *(ffn2.at[own, half(n)] for own in rows))
 
     at += 4 * chunks
 
     def project(weight: Any) -> None:
         for place, part in enumerate(PARTS):
-            columns = [pl.ds(part * WIDTH + group * TILE, TILE) for group in range(HALVES)]
             for n in range(HALVES):
-                ring.send(at + HALVES * place + n, *(weight.at[half(n), own] for own in columns))
+                ring.send(at + HALVES * place + n, *halves(half(n), weight, part))
 
     ends = number + 1 == form.layers
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flame_jax.pallas_kernels.hopper import TILE
-from flame_jax.pallas_kernels.layer_stack.mosaic_form import HALVES, Form
+from flame_jax.pallas_kernels.layer_stack.mosaic_form import HALVES, WIDTH, Form
 from flame_jax.pallas_kernels.post_attention.types import VECTORS
 from flame_jax.pallas_kernels.sumi_attention.schedule import (
     FIRST_ROW,
@@ -111,11 +111,6 @@ class Work(NamedTuple):
         return jnp.logical_or(form.first + i + 1 < form.layers, form.projects)
 
 
-def semaphores(blocks: int, form: Form) -> Any:
-    """One for every history; zero at first."""
-    return pl.get_global(plgpu.SemaphoreType.REGULAR((blocks * form.requests,)))
-
-
 def work_of(refs: tuple[Any, ...], form: Form) -> Work:
     """From the kernel's operands and outputs, those of `mosaic._call`."""
     jobs, rest = refs[0], list(refs[1:])
@@ -126,7 +121,10 @@ def work_of(refs: tuple[Any, ...], form: Form) -> Work:
     number, block = lax.axis_index("job"), lax.axis_index("block")
     inputs = take(4)
     blocks = inputs[0].shape[0]
-    arrived = semaphores(blocks, form) if form.count > 1 else None
+    arrived = None
+    if form.count > 1:  # zero at first
+        histories = pl.get_global(plgpu.SemaphoreType.REGULAR((blocks * form.requests,)))
+        arrived = histories.at[block * form.requests + jobs[number, JOB_REQUEST]]
     longest = jobs[number, JOB_LENGTH]
     for other in range(1, blocks):
         longest = jnp.maximum(longest, jobs[number, JOB_LENGTH + other])
@@ -147,7 +145,7 @@ def work_of(refs: tuple[Any, ...], form: Form) -> Work:
         length=jobs[number, JOB_LENGTH + block],
         layers=form.count - spared,
         tiles=lax.div(longest + (TILE - 1), TILE),
-        arrived=None if arrived is None else arrived.at[block * form.requests + jobs[number, JOB_REQUEST]],
+        arrived=arrived,
         inputs=inputs,
         temperature=temperature,
         coefficients=coefficients,
@@ -161,11 +159,11 @@ def work_of(refs: tuple[Any, ...], form: Form) -> Work:
     )
 
 
-def half(group: Any) -> Any:
-    """Columns of a warpgroup, or of a head."""
-    return pl.ds(group * TILE, TILE)
+def half(group: Any, part: Any = 0) -> Any:
+    """Columns of a warpgroup, or of a head, in a part of `WIDTH` columns."""
+    return pl.ds(part * WIDTH + group * TILE, TILE)
 
 
-def halves(rows: Any, matrix: Any) -> list[Any]:
+def halves(rows: Any, matrix: Any, part: Any = 0) -> list[Any]:
     """Of a matrix's rows, a piece for each warpgroup."""
-    return [matrix.at[rows, half(group)] for group in range(HALVES)]
+    return [matrix.at[rows, half(group, part)] for group in range(HALVES)]

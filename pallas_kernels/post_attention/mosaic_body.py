@@ -26,17 +26,7 @@ from flame_jax.pallas_kernels.hopper import (
     tile_memory,
 )
 from flame_jax.pallas_kernels.post_attention.mosaic_form import Form
-from flame_jax.pallas_kernels.post_attention.types import (
-    FFN1_B,
-    FFN2_B,
-    NEXT_B,
-    NORM1_SCALE,
-    NORM1_SHIFT,
-    NORM2_SCALE,
-    NORM2_SHIFT,
-    OUT_B,
-    VECTORS,
-)
+from flame_jax.pallas_kernels.post_attention.types import IN_MEMORY, VECTORS
 
 
 class _Work(NamedTuple):
@@ -167,9 +157,9 @@ def _compute(work: _Work, number: jax.Array, wanted: jax.Array, group: jax.Array
 
     vector = partial(_vector, work, form)
     y = _project_out(work, row, staging, form)
-    _add_and_norm(x, y, vector(OUT_B), vector(NORM1_SCALE), vector(NORM1_SHIFT), form)
+    _add_and_norm(x, y, vector("out_b"), vector("norm1_scale"), vector("norm1_shift"), form)
     y = _ffn(work, column, row + form.attended_chunks, x, staging, form)
-    _add_and_norm(x, y, vector(FFN2_B), vector(NORM2_SCALE), vector(NORM2_SHIFT), form)
+    _add_and_norm(x, y, vector("ffn2_b"), vector("norm2_scale"), vector("norm2_shift"), form)
 
     @pl.when(after_first)
     def _() -> None:
@@ -180,8 +170,9 @@ def _compute(work: _Work, number: jax.Array, wanted: jax.Array, group: jax.Array
         _project_next(work, column + form.hidden_chunks, x, staging, places, form)
 
 
-def _vector(work: _Work, form: Form, index: int, at: Any = 0, size: int | None = None) -> jax.Array:
+def _vector(work: _Work, form: Form, name: str, at: Any = 0, size: int | None = None) -> jax.Array:
     """One of the vectors, or a piece of it, as an accumulator's columns."""
+    index = IN_MEMORY.index(name)
     start = sum(form.vectors[:index]) + at
     return plgpu.load(work.vector.at[pl.ds(start, size or form.vectors[index])], layout=COLUMN)
 
@@ -226,7 +217,8 @@ def _ffn(work: _Work, column: jax.Array, row: jax.Array, x: Any, staging: Any, f
     chunk, last = form.tiling.chunk, form.hidden_chunks - 1
 
     def rectified(raw: jax.Array, n: Any) -> jax.Array:
-        return jnp.maximum(raw + per_column(_vector(work, form, FFN1_B, n * chunk, chunk), raw), 0.0).astype(form.dtype)
+        bias = _vector(work, form, "ffn1_b", n * chunk, chunk)
+        return jnp.maximum(raw + per_column(bias, raw), 0.0).astype(form.dtype)
 
     def add(accumulator: Any, hidden: jax.Array, n: Any) -> None:
         if form.interpret:  # it takes both operands from shared memory only
@@ -280,7 +272,7 @@ def _project_next(
     def store(raw: jax.Array, n: Any) -> None:
         which, slot = lax.div(n, slots), lax.rem(n, slots)
         plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)  # the piece that lay there has left
-        staging[slot] = (raw + per_column(_vector(work, form, NEXT_B, n * chunk, chunk), raw)).astype(form.dtype)
+        staging[slot] = (raw + per_column(_vector(work, form, "next_b", n * chunk, chunk), raw)).astype(form.dtype)
         plgpu.commit_smem()
         for i, (output, (stored, rows)) in enumerate(zip(work.outputs[1:], places, strict=True)):
 

@@ -50,7 +50,7 @@ class Form:
 
     @property
     def vectors(self) -> tuple[int, ...]:
-        """Lengths of `types.VECTORS`, and of the following layer's bias."""
+        """Lengths of `types.IN_MEMORY`."""
         d = self.width
         return d, d, d, self.hidden, d, d, d, self.mixed
 

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 VECTORS = ("out_b", "norm1_scale", "norm1_shift", "ffn1_b", "ffn2_b", "norm2_scale", "norm2_shift")
-OUT_B, NORM1_SCALE, NORM1_SHIFT, FFN1_B, FFN2_B, NORM2_SCALE, NORM2_SHIFT, NEXT_B = range(8)
-"""Their numbers, and that of the following layer's bias, which comes after them."""
+IN_MEMORY = (*VECTORS, "next_b")
+"""Order in shared memory, with the following layer's bias."""
 
 
 class Projection(NamedTuple):

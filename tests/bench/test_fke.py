@@ -229,7 +229,7 @@ def test_forward_passes_take_the_named_baselines(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(forward, "batch", lambda config, *_: inputs(f"{config}.yaml"))
     monkeypatch.setattr(passes, "packed_run", packed)
     monkeypatch.setattr(forward, "jax_runs", baselines)
-    monkeypatch.setattr(forward, "side_by_side", lambda runs, rounds, seconds, wait: side_by_side(runs, 1, 0.001, wait))
+    monkeypatch.setattr(passes, "side_by_side", lambda runs, rounds, seconds, wait: side_by_side(runs, 1, 0.001, wait))
     cases, said = [forward.Case("climber_base", 3, 21, 5, 2.0), forward.Case("hstu_dlrmv3", 3, 21, 5, 1.0)], list[str]()
     found = forward.forward([], ["dense_masked"], jax.devices()[0], said.append, cases)
     assert said[0] == "hstu_dlrmv3 B=3: left out, its model has none of these baselines"

@@ -16,7 +16,7 @@ from bench.baselines.inputs import Run
 from bench.baselines.runs import program
 from bench.baselines.silu import Silu, Split
 from bench.baselines.weights import Layer
-from bench.fke import layers, pages, stack
+from bench.fke import layers, pages, passes, stack
 from bench.timing import side_by_side
 from flame_jax.pallas_kernels.kernels import REFERENCE
 from tests.bench.test_baselines import inputs
@@ -62,7 +62,7 @@ def test_both_cases_have_rows_that_agree(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(stack, "batch", lambda *_: inputs(FILE))
     monkeypatch.setattr(stack, "random_history", lambda _: own_history())
     monkeypatch.setattr(stack, "layers_run", lambda made, *_: engine(made.first))
-    monkeypatch.setattr(stack, "side_by_side", lambda runs, rounds, seconds, wait: side_by_side(runs, 1, 0.001, wait))
+    monkeypatch.setattr(passes, "side_by_side", lambda runs, rounds, seconds, wait: side_by_side(runs, 1, 0.001, wait))
     found = stack.stack([], ["split", "split_given"], jax.devices()[0], print, CASES)
     whole, given = found["stack"]
     assert whole["ms"].keys() == {"fused", "reference", "split"}
