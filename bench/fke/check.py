@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +34,7 @@ from flame_jax.pallas_kernels.post_attention import api as post_attention_api
 from flame_jax.pallas_kernels.post_attention import mosaic as post_attention
 from flame_jax.pallas_kernels.pre_attention import api as pre_attention_api
 from flame_jax.pallas_kernels.pre_attention import mosaic as pre_attention
-from flame_jax.pallas_kernels.sumi_attention import mosaic as sumi_attention
-from flame_jax.pallas_kernels.sumi_attention.types import LogBias, Pages, Silu, Softmax
+from flame_jax.pallas_kernels.sumi_attention.types import Bias, LogBias, Pages, Silu, Softmax, TableBias
 
 LAYOUT, BUCKET, SCENARIOS = Layout(align=64, max_requests=64), Bucket(8192, 4096), 3
 TOLERANCE = {0.99: 0.01, 1.0: 0.06}
@@ -55,22 +56,28 @@ class Attention(NamedTuple):
     qk_dim: int
     v_dim: int
     softmax: bool
-    bias: bool
+    bias: Literal["none", "log", "table"]
     causal: bool
+    kernel: Literal["mosaic", "triton"] = "mosaic"
 
 
 ATTENTIONS = [
-    Attention("climber", 2, 2, 64, 64, softmax=True, bias=True, causal=False),
-    Attention("softmax", 1, 4, 64, 64, softmax=True, bias=False, causal=False),
-    Attention("softmax causal, bias", 1, 2, 32, 32, softmax=True, bias=True, causal=True),
-    Attention("hstu", 1, 2, 128, 128, softmax=False, bias=False, causal=True),
-    Attention("silu, bias", 1, 2, 64, 128, softmax=False, bias=True, causal=True),
-    Attention("wide heads", 1, 1, 256, 256, softmax=False, bias=False, causal=True),
+    Attention("climber", 2, 2, 64, 64, softmax=True, bias="log", causal=False),
+    Attention("softmax", 1, 4, 64, 64, softmax=True, bias="none", causal=False),
+    Attention("softmax causal, bias", 1, 2, 32, 32, softmax=True, bias="log", causal=True),
+    Attention("hstu", 1, 2, 128, 128, softmax=False, bias="none", causal=True),
+    Attention("silu, bias", 1, 2, 64, 128, softmax=False, bias="log", causal=True),
+    Attention("wide heads", 1, 1, 256, 256, softmax=False, bias="none", causal=True),
 ]
 
+TRITON = [
+    *(form._replace(name=f"{form.name}, Triton", kernel="triton") for form in ATTENTIONS),
+    Attention("tables, Triton", 1, 2, 64, 128, softmax=False, bias="table", causal=True, kernel="triton"),
+]
+"""The second implementation, where jax-triton is installed."""
 PAGED = [
-    Attention("climber, pages", 2, 2, 64, 64, softmax=True, bias=True, causal=False),
-    Attention("hstu, pages", 1, 4, 128, 128, softmax=False, bias=False, causal=True),
+    Attention("climber, pages", 2, 2, 64, 64, softmax=True, bias="log", causal=False),
+    Attention("hstu, pages", 1, 4, 128, 128, softmax=False, bias="none", causal=True),
 ]
 """With histories in pages."""
 LONGEST = 1024
@@ -99,6 +106,8 @@ def check(report: Report, only: Sequence[str] = (), seed: int = 0) -> None:
     """
     checks: dict[str, Check] = {f"sumi_attention {form.name}": partial(_check_attention, form) for form in ATTENTIONS}
     checks |= {f"sumi_attention {form.name}": partial(_check_pages, form) for form in PAGED}
+    if importlib.util.find_spec("jax_triton"):
+        checks |= {f"sumi_attention {form.name}": partial(_check_attention, form) for form in TRITON}
     checks |= {"post_attention": _check_layer, "layer_stack": partial(check_stack, apart=_report_apart)}
     checks |= {"pre_attention": _check_before, "gated_output": _check_after}
     for name in chosen(checks, only, str):
@@ -162,10 +171,17 @@ def _form(about: Attention, random: np.random.Generator) -> tuple[oracle.Form, l
         temperature=random.uniform(4, 12, shape).astype(np.float32) if about.softmax else None,
         scale=about.qk_dim**-0.5,
         divisor=32.0,
-        coefficients=(0.3 * random.normal(size=(*shape, 3))).astype(np.float32) if about.bias else None,
+        coefficients=(0.3 * random.normal(size=(*shape, 3))).astype(np.float32) if about.bias == "log" else None,
         causal=about.causal,
+        tables=_tables(random) if about.bias == "table" else None,
     )
-    return form, [x for x in (form.temperature, form.coefficients) if x is not None]
+    return form, [x for x in (form.temperature, form.coefficients, *(form.tables or ())) if x is not None]
+
+
+def _tables(random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Positions farther apart, and times, than the tables have rows for are among the batches'."""
+    by_position, by_time = (random.normal(size=rows).astype(np.float32) for rows in (2 * 512 - 1, 64))
+    return by_position, by_time
 
 
 def _attend(
@@ -174,10 +190,17 @@ def _attend(
     """The kernel on q, k, v, rows and time."""
     left = list(given)
     activation = Softmax(left.pop(0)) if about.softmax else Silu(form.scale, form.divisor)
-    bias = LogBias(left.pop(0)) if about.bias else None
-    return sumi_attention.sumi_attention(
-        *arrays, activation=activation, bias=bias, causal=about.causal, align=LAYOUT.align, history=history
+    forms: dict[str, Callable[..., Bias | None]] = {"none": lambda: None, "log": LogBias, "table": TableBias}
+    kernel = importlib.import_module(f"flame_jax.pallas_kernels.sumi_attention.{about.kernel}")
+    out: jax.Array = kernel.sumi_attention(
+        *arrays,
+        activation=activation,
+        bias=forms[about.bias](*left),
+        causal=about.causal,
+        align=LAYOUT.align,
+        history=history,
     )
+    return out
 
 
 def _check_attention(about: Attention, name: str, report: Report, random: np.random.Generator) -> None:

@@ -10,11 +10,12 @@ from flame_jax.packing import CANDIDATE_COUNT, CANDIDATE_START, HISTORY_LENGTH, 
 
 
 class Form(NamedTuple):
-    """An attention: softmax with a temperature, or SiLU with a scale and a divisor; coefficients of the log bias.
+    """An attention: softmax with a temperature, or SiLU with a scale and a divisor; a log bias, tables, or neither.
 
     Attributes:
         temperature: [blocks, scenarios, heads], or None.
         coefficients: [blocks, scenarios, heads, 3], or None.
+        tables: by position and by time, see `TableBias`, or None.
     """
 
     temperature: np.ndarray | None
@@ -22,6 +23,7 @@ class Form(NamedTuple):
     divisor: float
     coefficients: np.ndarray | None
     causal: bool
+    tables: tuple[np.ndarray, np.ndarray] | None = None
 
 
 def attention(
@@ -51,6 +53,13 @@ def attention(
         far = np.log2(1.0 + np.abs(position[:, None] - np.arange(n)))
         old = np.log2(1.0 + np.abs(when[:, None] - time[history]))
         scores = scores + alpha * far + beta * old + gamma
+    if form.tables is not None:
+        by_position, by_time = form.tables
+        last = len(by_position) // 2
+        behind = np.clip(position[:, None] - np.arange(n), -last, last)
+        counted = np.concatenate([when[1:n], when[n - 1 : n], when[n:]])  # from the successor's time
+        scores = scores + by_position[behind + last] + by_time[_bucket(counted[:, None] - time[history], by_time)]
+        own = own + by_position[last] + by_time[0]
     seen = np.ones_like(scores, bool)
     if form.causal:
         seen[:n] = np.arange(n) <= np.arange(n)[:, None]
@@ -62,6 +71,11 @@ def attention(
     out = weights @ v[history]
     out[n:] += own[:, None] * v[candidates]
     return at, out
+
+
+def _bucket(difference: np.ndarray, table: np.ndarray) -> np.ndarray:
+    bucket = np.floor(np.log(np.maximum(np.abs(difference), 1)) / 0.301)
+    return np.asarray(np.minimum(bucket, len(table) - 1).astype(int))
 
 
 def _silu(x: np.ndarray) -> np.ndarray:

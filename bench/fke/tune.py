@@ -27,8 +27,8 @@ from flame_jax.pallas_kernels.pre_attention import mosaic as pre_attention
 from flame_jax.pallas_kernels.sumi_attention import mosaic as sumi_attention
 from flame_jax.pallas_kernels.sumi_attention.types import LogBias, Pages, Softmax
 
-BETWEEN = ("climber_long B=8", CAUSAL[1].name, CAUSAL[2].name)
-"""Cases whose rows lie between those of others of the same shape: the nearest one's block sizes do."""
+BETWEEN = ("climber_long B=8",)
+"""Cases whose rows lie between those of others of the same shape: the block sizes of the nearest do."""
 SMALL = 8192
 """Rows of all blocks together, up to which a chain takes about as long as starting it."""
 SAME = 0.02

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
@@ -43,6 +44,8 @@ from flame_jax.fke.compile import CompileCounter
 from flame_jax.packing import Bucket, Extent
 from flame_jax.pallas_kernels.kernels import REFERENCE, Kernels
 from flame_jax.pallas_kernels.layer_stack.api import layer_stack
+from flame_jax.pallas_kernels.sumi_attention.api import sumi_attention
+from flame_jax.pallas_kernels.sumi_attention.types import Bias, LogBias, TableBias
 from tests.bench.test_baselines import inputs
 
 SILU = AttentionCase("silu", 1, 2, 16, softmax=False, extents=(Extent(20, 1),) * 2, align=16)
@@ -374,6 +377,33 @@ def test_tasks_that_fail_do_not_stop_others() -> None:
     made, failed = together({"good": lambda: 3, "bad": lambda: 1 // 0})
     assert made == {"good": 3}
     assert failed == {"bad": "ZeroDivisionError: integer division or modulo by zero"}
+
+
+@pytest.mark.parametrize("right", [True, False])
+@pytest.mark.parametrize("form", [check.TRITON[0], check.TRITON[-1]], ids=lambda form: str(form.name))
+def test_the_check_of_attention_tells_right_from_wrong(
+    form: check.Attention, right: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = dict[str, bool]()
+    monkeypatch.setattr(check, "BUCKET", Bucket(768, 256))
+    monkeypatch.setattr(check, "tables", lambda _: [("three", [Extent(150, 3), Extent(0, 1), Extent(7, 80)])])
+
+    def kernel(*arrays: jax.Array, history: None, bias: Bias | None, **settings: Any) -> jax.Array:
+        if not right and isinstance(bias, LogBias):
+            bias = LogBias(1.5 * bias.coefficients)
+        elif not right and isinstance(bias, TableBias):
+            bias = TableBias(bias.position, jnp.roll(bias.time, 1))
+        return sumi_attention(*arrays, bias=bias, window=256, **settings)
+
+    module = "flame_jax.pallas_kernels.sumi_attention.triton"
+    monkeypatch.setitem(sys.modules, module, SimpleNamespace(sumi_attention=kernel))
+    check._check_attention(form, "attention", found.__setitem__, np.random.default_rng(0))
+    assert {name.rsplit(":", 1)[0]: good for name, good in found.items()} == {
+        "attention: three": right,
+        "attention: alone": right,
+        "attention: among others": right,
+        "attention": True,
+    }
 
 
 @pytest.mark.parametrize("right", [True, False])
