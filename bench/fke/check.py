@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -42,6 +43,9 @@ TOLERANCE = {0.99: 0.01, 1.0: 0.06}
 HSTU_CASES = [(64, 1), (320, 1), (3072, 1), (17024, 1), (320, 2), (17024, 2)]
 """Rows, and thread blocks of a cluster: 1 with the block sizes that are served. 17,024 rows are more items than an H100
 has multiprocessors."""
+
+DEVICE = threading.Lock()
+"""Held by the check that runs something; the others may compile in the meantime."""
 
 Report = Callable[[str, bool], None]
 Check = Callable[[str, Report, np.random.Generator], None]
@@ -108,10 +112,14 @@ def check(report: Report, only: Sequence[str] = (), seed: int = 0) -> None:
     checks |= {f"sumi_attention {form.name}": partial(_check_pages, form) for form in PAGED}
     if importlib.util.find_spec("jax_triton"):
         checks |= {f"sumi_attention {form.name}": partial(_check_attention, form) for form in TRITON}
-    checks |= {"post_attention": _check_layer, "layer_stack": partial(check_stack, apart=_report_apart)}
-    checks |= {"pre_attention": _check_before, "gated_output": _check_after}
-    for name in chosen(checks, only, str):
-        _guarded(checks[name], name, report, seed)
+    checks |= {"post_attention": _check_layer, "layer_stack": _check_stack}
+    for rows, cluster in HSTU_CASES:
+        what = f"{rows} rows, cluster of {cluster}"
+        checks[f"pre_attention {what}"] = partial(_check_before, rows, cluster)
+        checks[f"gated_output {what}"] = partial(_check_after, rows, cluster)
+    with ThreadPoolExecutor() as pool:
+        for done in [pool.submit(_guarded, checks[name], name, report, seed) for name in chosen(checks, only, str)]:
+            done.result()
 
 
 def _guarded(run: Check, name: str, report: Report, seed: int) -> None:
@@ -144,6 +152,11 @@ class Batch(NamedTuple):
     rows: np.ndarray
     time: np.ndarray
     ours: int | None
+
+    @property
+    def operands(self) -> tuple[np.ndarray, ...]:
+        """q, k, v, rows, time."""
+        return *self.arrays, self.rows, self.time
 
 
 def _batches(about: Attention, random: np.random.Generator) -> Iterator[Batch]:
@@ -205,10 +218,12 @@ def _attend(
 
 def _check_attention(about: Attention, name: str, report: Report, random: np.random.Generator) -> None:
     form, given = _form(about, random)
-    compiled, bits = jax.jit(partial(_attend, about, form)), {}
-    for batch in _batches(about, random):
-        poison(batch.arrays[2].size)
-        out = np.asarray(compiled((*batch.arrays, batch.rows, batch.time), *given), np.float32)
+    batches, bits = list(_batches(about, random)), {}
+    compiled = _compiled(partial(_attend, about, form), batches[0].operands, *given)
+    for batch in batches:
+        with DEVICE:
+            poison(batch.arrays[2].size)
+            out = np.asarray(compiled(batch.operands, *given), np.float32)
         worst, good = _distance(out, batch, form, about)
         report(f"{name}: {batch.what}: {worst:.4f}", good and bool(np.isfinite(out).all()))
         if batch.ours is not None:
@@ -232,16 +247,21 @@ def _check_pages(about: Attention, name: str, report: Report, random: np.random.
         candidates = (*(x[:, first:] for x in (q, k, v)), alone, time[:, first:])
         return _attend(about, form, candidates, *given, history=Pages(keys, values, table, times))
 
-    paged, packed = jax.jit(in_pages), jax.jit(partial(_attend, about, form))
-    same, bits = True, {}
-    for batch in _batches(about, random):
-        table = pages.page_table(batch.rows[:, HISTORY_LENGTH:].max(axis=1), LONGEST // pages.ROWS, pool, random)
-        arrays = (*batch.arrays, batch.rows, batch.time)
-        poison(batch.arrays[2][:, first:].size)
-        out = np.asarray(paged(arrays, table, *given), np.float32)
+    batches, same, bits = list(_batches(about, random)), True, {}
+    tables = [
+        pages.page_table(batch.rows[:, HISTORY_LENGTH:].max(axis=1), LONGEST // pages.ROWS, pool, random)
+        for batch in batches
+    ]
+    last_queries = [(batch.arrays[0][:, first:], *batch.operands[1:]) for batch in batches]
+    paged = _compiled(in_pages, batches[0].operands, tables[0], *given)
+    packed = _compiled(partial(_attend, about, form), last_queries[0], *given)
+    for batch, table, candidates in zip(batches, tables, last_queries, strict=True):
+        with DEVICE:
+            poison(batch.arrays[2][:, first:].size)
+            out = np.asarray(paged(batch.operands, table, *given), np.float32)
+            last = np.asarray(packed(candidates, *given), np.float32)
         worst, good = _distance(out, batch, form, about, first)
         report(f"{name}: {batch.what}: {worst:.4f}", good and bool(np.isfinite(out).all()))
-        last = np.asarray(packed((batch.arrays[0][:, first:], *arrays[1:]), *given), np.float32)
         owned = [np.arange(row[1], row[1] + row[2]) - first for row in batch.rows]
         at = np.concatenate(owned)
         same &= np.array_equal(out[:, at], last[:, at])
@@ -285,10 +305,19 @@ def _distance(out: np.ndarray, batch: Batch, form: oracle.Form, about: Attention
     return float(every.max()), all(np.quantile(every, share) <= limit for share, limit in TOLERANCE.items())
 
 
+def _compiled(function: Callable[..., Any], *operands: Any) -> Callable[..., Any]:
+    return jax.jit(function).lower(*operands).compile()
+
+
 def poison(elements: int) -> None:
     """Leave NaN in freed device memory of this size, which the next output is likely to get."""
     for _ in range(2):
         jnp.full((elements,), jnp.nan, jnp.bfloat16).block_until_ready().delete()
+
+
+def _check_stack(name: str, report: Report, random: np.random.Generator) -> None:
+    with DEVICE:
+        check_stack(name, report, random, _report_apart)
 
 
 def _check_layer(name: str, report: Report, random: np.random.Generator) -> None:
@@ -296,49 +325,65 @@ def _check_layer(name: str, report: Report, random: np.random.Generator) -> None
     exact = {n: w.astype(jnp.float32) for n, w in given.items()}
     for rows in (64, 320, 4096):
         attended, x = (jnp.asarray(random.normal(size=(blocks, rows, width)), jnp.bfloat16) for _ in range(2))
-        poison(blocks * rows * width)
-        found = jax.jit(lambda a, x: post_attention.post_attention(a, x, given, 0, following(given)))(attended, x)
-        with jax.default_matmul_precision("highest"):
-            expected = post_attention_api.post_attention(
-                attended.astype(jnp.float32), x.astype(jnp.float32), exact, 0, following=following(exact)
-            )
-        _report_apart(f"{name}: {rows} rows", found, expected, report)
+        _compare(
+            f"{name}: {rows} rows",
+            lambda a, x: post_attention.post_attention(a, x, given, 0, following(given)),
+            lambda a, x: post_attention_api.post_attention(a, x, exact, 0, following=following(exact)),
+            (attended, x),
+            report,
+        )
 
 
-def _check_before(name: str, report: Report, random: np.random.Generator) -> None:
+def _check_before(rows: int, cluster: int, name: str, report: Report, random: np.random.Generator) -> None:
     width, given = 512, hstu_weights(random)
-    exact, sizes = {n: w.astype(jnp.float32) for n, w in given.items()}, (512,) * 4
-    for rows, cluster in HSTU_CASES:
-        tiling = pre_attention.Tiling(cluster=cluster) if cluster > 1 else None
-        for gate_only in (True, False):
-            settings: dict[str, Any] = {"sizes": sizes, "gate_only": gate_only, "epsilon": 1e-6}
-            x = jnp.asarray(0.5 + random.normal(size=(1, rows, width)), jnp.bfloat16)
-            run = partial(pre_attention.pre_attention, tiling=tiling, **settings)
-            poison(rows * width)
-            found = jax.jit(lambda x, run=run: run(x, given, 1))(x)
-            with jax.default_matmul_precision("highest"):
-                expected = pre_attention_api.pre_attention(x.astype(jnp.float32), exact, 1, **settings)
-            what = "SiLU of u" if gate_only else "SiLU of all"
-            _report_apart(f"{name}: {rows} rows, {what}, cluster of {cluster}", found, expected, report)
+    exact = {n: w.astype(jnp.float32) for n, w in given.items()}
+    tiling = pre_attention.Tiling(cluster=cluster) if cluster > 1 else None
+    for gate_only in (True, False):
+        settings: dict[str, Any] = {"sizes": (512,) * 4, "gate_only": gate_only, "epsilon": 1e-6}
+        x = jnp.asarray(0.5 + random.normal(size=(1, rows, width)), jnp.bfloat16)
+        kernel = partial(pre_attention.pre_attention, tiling=tiling, **settings)
+        plain = partial(pre_attention_api.pre_attention, **settings)
+        what = "SiLU of u" if gate_only else "SiLU of all"
+        _compare(
+            f"{name}: {what}",
+            lambda x, kernel=kernel: kernel(x, given, 1),
+            lambda x, plain=plain: plain(x, exact, 1),
+            (x,),
+            report,
+        )
 
 
-def _check_after(name: str, report: Report, random: np.random.Generator) -> None:
+def _check_after(rows: int, cluster: int, name: str, report: Report, random: np.random.Generator) -> None:
     width, whole = 512, hstu_weights(random)
-    for rows, cluster in HSTU_CASES:
-        tiling = gated_output.Tiling(cluster=cluster) if cluster > 1 else None
-        for given, first in ((whole, 0), (whole, 192), (whole | {"out_w": whole["out_w"][:, :width]}, 0)):
-            exact = {n: w.astype(jnp.float32) for n, w in given.items()}
-            o, u, x = (
-                jnp.asarray(random.normal(size=(1, n, width)), jnp.bfloat16) for n in (rows, rows + first, rows + first)
-            )
-            run = partial(gated_output.gated_output, epsilon=1e-6, first=first, tiling=tiling)
-            poison(rows * width)
-            found = jax.jit(lambda *arrays, run=run, given=given: run(*arrays, given, 1))(o, u, x)
-            with jax.default_matmul_precision("highest"):
-                o, u, x = (y.astype(jnp.float32) for y in (o, u, x))
-                expected = gated_output_api.gated_output(o, u, x, exact, 1, epsilon=1e-6, first=first)
-            what = f"{rows} rows from {first} on, {given['out_w'].shape[1]} inputs, cluster of {cluster}"
-            _report_apart(f"{name}: {what}", (found,), (expected,), report)
+    tiling = gated_output.Tiling(cluster=cluster) if cluster > 1 else None
+    for given, first in ((whole, 0), (whole, 192), (whole | {"out_w": whole["out_w"][:, :width]}, 0)):
+        exact = {n: w.astype(jnp.float32) for n, w in given.items()}
+        arrays = tuple(
+            jnp.asarray(random.normal(size=(1, n, width)), jnp.bfloat16) for n in (rows, rows + first, rows + first)
+        )
+        kernel = partial(gated_output.gated_output, epsilon=1e-6, first=first, tiling=tiling)
+        plain = partial(gated_output_api.gated_output, epsilon=1e-6, first=first)
+        _compare(
+            f"{name}: from {first} on, {given['out_w'].shape[1]} inputs",
+            lambda *arrays, kernel=kernel, given=given: (kernel(*arrays, given, 1),),
+            lambda *arrays, plain=plain, exact=exact: (plain(*arrays, exact, 1),),
+            arrays,
+            report,
+        )
+
+
+def _compare(
+    name: str, kernel: Callable[..., Any], plain: Callable[..., Any], arrays: tuple[jax.Array, ...], report: Report
+) -> None:
+    """A kernel, and the reference on the same numbers in float32."""
+    wide = tuple(x.astype(jnp.float32) for x in arrays)
+    compiled = _compiled(kernel, *arrays)
+    with jax.default_matmul_precision("highest"):
+        reference = _compiled(plain, *wide)
+    with DEVICE:
+        poison(arrays[0].size)
+        found = compiled(*arrays)
+        _report_apart(name, found, reference(*wide), report)
 
 
 def _report_apart(name: str, found: Iterable[jax.Array], expected: Iterable[jax.Array], report: Report) -> None:

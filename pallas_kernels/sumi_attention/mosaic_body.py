@@ -269,12 +269,17 @@ def _compute(job: _Job, group: jax.Array, memory: Memory, barriers: _Barriers, f
     state = lax.cond(alone, own_keys, lambda: (nothing(form.v_dim, form.softmax),) * form.together)
 
     def all_steps(history: bool, state: Any) -> Any:
-        whole = lax.div(job.length, form.tiling.keys)
+        keys, steps = form.tiling.keys, jnp.where(offset < job.rows, job.steps, 0)
+        whole = lax.div(job.length, keys)
         if form.causal and history:
-            whole = jnp.minimum(whole, lax.div(begin, form.tiling.keys))
+            steps = jnp.minimum(steps, lax.div(begin + (TILE + keys - 1), keys))
+            whole = jnp.minimum(whole, lax.div(begin, keys))
+        whole = jnp.minimum(whole, steps)
         one = partial(_step_of, job, group, begin, factors, memory, barriers, form, history)
         state = lax.fori_loop(0, whole, one(False), state)
-        return lax.fori_loop(whole, job.steps, one(True), state)
+        state = lax.fori_loop(whole, steps, one(True), state)
+        _pass_by(steps, job.steps, barriers, form)
+        return state
 
     if form.timed or form.causal:
         state = lax.cond(job.is_history, partial(all_steps, True), partial(all_steps, False), state)
@@ -285,6 +290,16 @@ def _compute(job: _Job, group: jax.Array, memory: Memory, barriers: _Barriers, f
         memory.own_v[group, i] = (mixed * inverse).astype(form.dtype)
     plgpu.commit_smem()
     _store(job, offset, memory.own_v.at[group], form)
+
+
+def _pass_by(start: jax.Array, stop: jax.Array, barriers: _Barriers, form: Form) -> None:
+    """Steps that only other warpgroups have a use for."""
+
+    @pl.loop(start, stop)
+    def _(step: jax.Array) -> None:
+        slot = lax.rem(step, form.tiling.stages)
+        plgpu.barrier_wait(barriers.k_ready.at[slot])  # or else it would be counted twice for the step before
+        plgpu.barrier_arrive(barriers.consumed.at[slot])
 
 
 def _load_own(job: _Job, group: jax.Array, alone: jax.Array, memory: Memory, barriers: _Barriers, form: Form) -> None:
