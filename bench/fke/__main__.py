@@ -38,7 +38,7 @@ def run_check(args: argparse.Namespace) -> Outcome:
     outcomes: list[tuple[str, bool]] = []
 
     def report(name: str, good: bool) -> None:
-        say("ok  " if good else "MISS", name)
+        say(f"{'ok  ' if good else 'MISS'} {name}")
         outcomes.append((name, good))
 
     check.check(report, args.only)

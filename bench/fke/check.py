@@ -306,7 +306,8 @@ def _distance(out: np.ndarray, batch: Batch, form: oracle.Form, about: Attention
 
 
 def _compiled(function: Callable[..., Any], *operands: Any) -> Callable[..., Any]:
-    return jax.jit(function).lower(*operands).compile()
+    # Of ways to multiply the reference takes any: to time them is most of the compiler's work.
+    return jax.jit(function).lower(*operands).compile({"xla_gpu_autotune_level": "0"})
 
 
 def poison(elements: int) -> None:
@@ -322,21 +323,20 @@ def _check_stack(name: str, report: Report, random: np.random.Generator) -> None
 
 def _check_layer(name: str, report: Report, random: np.random.Generator) -> None:
     blocks, width, given = 2, 128, layer_weights(random)
-    exact = {n: w.astype(jnp.float32) for n, w in given.items()}
     for rows in (64, 320, 4096):
         attended, x = (jnp.asarray(random.normal(size=(blocks, rows, width)), jnp.bfloat16) for _ in range(2))
         _compare(
             f"{name}: {rows} rows",
-            lambda a, x: post_attention.post_attention(a, x, given, 0, following(given)),
-            lambda a, x: post_attention_api.post_attention(a, x, exact, 0, following=following(exact)),
+            lambda a, x, w: post_attention.post_attention(a, x, w, 0, following(w)),
+            lambda a, x, w: post_attention_api.post_attention(a, x, w, 0, following=following(w)),
             (attended, x),
+            given,
             report,
         )
 
 
 def _check_before(rows: int, cluster: int, name: str, report: Report, random: np.random.Generator) -> None:
     width, given = 512, hstu_weights(random)
-    exact = {n: w.astype(jnp.float32) for n, w in given.items()}
     tiling = pre_attention.Tiling(cluster=cluster) if cluster > 1 else None
     for gate_only in (True, False):
         settings: dict[str, Any] = {"sizes": (512,) * 4, "gate_only": gate_only, "epsilon": 1e-6}
@@ -346,9 +346,10 @@ def _check_before(rows: int, cluster: int, name: str, report: Report, random: np
         what = "SiLU of u" if gate_only else "SiLU of all"
         _compare(
             f"{name}: {what}",
-            lambda x, kernel=kernel: kernel(x, given, 1),
-            lambda x, plain=plain: plain(x, exact, 1),
+            lambda x, w, kernel=kernel: kernel(x, w, 1),
+            lambda x, w, plain=plain: plain(x, w, 1),
             (x,),
+            given,
             report,
         )
 
@@ -357,7 +358,6 @@ def _check_after(rows: int, cluster: int, name: str, report: Report, random: np.
     width, whole = 512, hstu_weights(random)
     tiling = gated_output.Tiling(cluster=cluster) if cluster > 1 else None
     for given, first in ((whole, 0), (whole, 192), (whole | {"out_w": whole["out_w"][:, :width]}, 0)):
-        exact = {n: w.astype(jnp.float32) for n, w in given.items()}
         arrays = tuple(
             jnp.asarray(random.normal(size=(1, n, width)), jnp.bfloat16) for n in (rows, rows + first, rows + first)
         )
@@ -365,25 +365,30 @@ def _check_after(rows: int, cluster: int, name: str, report: Report, random: np.
         plain = partial(gated_output_api.gated_output, epsilon=1e-6, first=first)
         _compare(
             f"{name}: from {first} on, {given['out_w'].shape[1]} inputs",
-            lambda *arrays, kernel=kernel, given=given: (kernel(*arrays, given, 1),),
-            lambda *arrays, plain=plain, exact=exact: (plain(*arrays, exact, 1),),
+            lambda *operands, kernel=kernel: (kernel(*operands, 1),),
+            lambda *operands, plain=plain: (plain(*operands, 1),),
             arrays,
+            given,
             report,
         )
 
 
 def _compare(
-    name: str, kernel: Callable[..., Any], plain: Callable[..., Any], arrays: tuple[jax.Array, ...], report: Report
+    name: str,
+    kernel: Callable[..., Any],
+    plain: Callable[..., Any],
+    arrays: tuple[jax.Array, ...],
+    weights: dict[str, jax.Array],
+    report: Report,
 ) -> None:
     """A kernel, and the reference on the same numbers in float32."""
-    wide = tuple(x.astype(jnp.float32) for x in arrays)
-    compiled = _compiled(kernel, *arrays)
+    exact = jax.tree.map(lambda x: x.astype(jnp.float32), (*arrays, weights))
+    compiled = _compiled(kernel, *arrays, weights)
     with jax.default_matmul_precision("highest"):
-        reference = _compiled(plain, *wide)
+        reference = _compiled(plain, *exact)
     with DEVICE:
         poison(arrays[0].size)
-        found = compiled(*arrays)
-        _report_apart(name, found, reference(*wide), report)
+        _report_apart(name, compiled(*arrays, weights), reference(*exact), report)
 
 
 def _report_apart(name: str, found: Iterable[jax.Array], expected: Iterable[jax.Array], report: Report) -> None:

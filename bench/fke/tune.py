@@ -29,7 +29,7 @@ from flame_jax.pallas_kernels.sumi_attention.types import LogBias, Pages, Softma
 
 BETWEEN = ("climber_long B=8",)
 """Cases whose rows lie between those of others of the same shape: the block sizes of the nearest do."""
-SMALL = 8192
+SMALL = 32768
 """Rows of all blocks together, up to which a chain takes about as long as starting it."""
 SAME = 0.02
 """Two block sizes add up in another order: their results may differ by this, where values are of size 1."""
