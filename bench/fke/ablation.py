@@ -53,7 +53,7 @@ EAGER = "eager"
 class Effort(NamedTuple):
     """How long to measure: synchronous calls of each run, and rounds and seconds a round of those in a row."""
 
-    calls: int = 400
+    calls: int = 250
     rounds: int = 5
     seconds: float = 0.1
 
