@@ -54,7 +54,7 @@ serve: $(DEMO)/artifact.done
 	$(PY) -m flame_jax.demo --config $(CONFIG) --keep
 
 test: $(VENV)/installed
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # The CUDA plugin without the CUDA libraries, in a folder of its own: in the virtual environment, every program that
 # runs on the CPU would look for them. Tests that compile for a GPU use it where it is.

@@ -58,7 +58,7 @@ def could_lie(extents: list[Extent], bucket: Bucket, layout: Layout) -> bool:
     )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(batches())
 def test_place_raises_exactly_when_the_pieces_do_not_fit(batch: tuple[list[Extent], Bucket, Layout]) -> None:
     expected = could_lie(*batch)
@@ -70,7 +70,7 @@ def test_place_raises_exactly_when_the_pieces_do_not_fit(batch: tuple[list[Exten
             place(*batch)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(fitting_batches())
 def test_placed_pieces_are_aligned_disjoint_and_inside_their_parts(
     batch: tuple[list[Extent], Bucket, Layout],
@@ -86,7 +86,7 @@ def test_placed_pieces_are_aligned_disjoint_and_inside_their_parts(
     assert set(taken) <= set(range(bucket.tokens))
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(fitting_batches(), st.data())
 def test_pieces_that_fit_still_fit_without_one_of_them(
     batch: tuple[list[Extent], Bucket, Layout], data: st.DataObject
@@ -108,7 +108,7 @@ def test_no_piece_at_all_fits_and_takes_no_place() -> None:
     assert place([], Bucket(64, 64), Layout()) == []
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(LAYOUTS, st.integers(0, 100), st.integers(0, 100))
 def test_alignment_rounds_both_parts_up_to_the_next_multiple(layout: Layout, history: int, candidates: int) -> None:
     expected = Extent(up(history, layout.align), up(candidates, layout.align))
@@ -140,7 +140,7 @@ def test_a_bucket_off_the_alignment_or_without_room_has_no_slot(bucket: Bucket) 
         slot_layout(FeatureSchema(), Layout(align=16), bucket)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(schemas(), LAYOUTS, st.data())
 def test_fields_lie_in_the_slot_aligned_and_without_overlap_and_views_write_through(
     schema: FeatureSchema, layout: Layout, data: st.DataObject
@@ -158,7 +158,7 @@ def test_fields_lie_in_the_slot_aligned_and_without_overlap_and_views_write_thro
     assert (buffer < 0).sum() < 64 * len(views), "more words than alignment needs belong to no field"
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(schemas(), LAYOUTS, st.data())
 def test_a_slot_has_the_shapes_that_its_schema_and_bucket_say(
     schema: FeatureSchema, layout: Layout, data: st.DataObject

@@ -98,7 +98,7 @@ def test_requests_that_arrive_together_share_batches(
 REQUESTS = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 90)), min_size=1, max_size=30)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(REQUESTS, st.integers(1, 6), st.sampled_from(["1", "4", "1,3,7"]))
 def test_a_proposal_is_a_legal_ladder_no_worse_than_the_configured_one_and_holds_every_batch(
     tmp_path_factory: pytest.TempPathFactory, requests: list[tuple[int, int]], most: int, concurrency: str

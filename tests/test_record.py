@@ -129,7 +129,7 @@ def expect(
             column[where.candidate_start + k - (tokens - len(column))] = number
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(schemas(), st.data())
 def test_written_pieces_leave_exactly_their_values_in_the_slot(schema: FeatureSchema, data: st.DataObject) -> None:
     records = RecordLayout(schema)
@@ -152,7 +152,7 @@ def test_written_pieces_leave_exactly_their_values_in_the_slot(schema: FeatureSc
     np.testing.assert_array_equal(buffer, expected)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(schemas(), st.data())
 def test_a_records_extent_is_its_longest_block_and_its_candidates(schema: FeatureSchema, data: st.DataObject) -> None:
     records = RecordLayout(schema)
@@ -161,7 +161,7 @@ def test_a_records_extent_is_its_longest_block_and_its_candidates(schema: Featur
     assert records.extent(encoded(records, schema, logical)) == (longest, len(logical.candidates))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(schemas(), st.data())
 def test_a_record_is_one_plain_buffer_of_words(schema: FeatureSchema, data: st.DataObject) -> None:
     logical = data.draw(logicals(schema))

@@ -41,13 +41,13 @@ def is_good(events: list[Event]) -> bool:
     )
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(GOOD_EVENTS)
 def test_events_in_range_and_in_order_pass(events: list[Event]) -> None:
     history(sorted(events, key=lambda event: event[2])).check(ACTIONS)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(ANY_EVENTS)
 def test_events_are_refused_exactly_when_one_is_out_of_range_or_order(events: list[Event]) -> None:
     if is_good(events):

@@ -87,7 +87,7 @@ MODEL_CHANGES: list[dict[str, Any]] = [
 ]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(schemas())
 def test_json_text_brings_back_the_same_schema(schema: FeatureSchema) -> None:
     again = FeatureSchema.from_json(json.loads(json.dumps(schema.to_json())))
@@ -184,7 +184,7 @@ def test_json_with_an_unknown_field_or_a_bad_value_is_a_value_error(change: dict
         FeatureSchema.from_json(SCHEMA.to_json() | change)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(feature_groups())
 def test_a_packed_row_has_one_value_a_feature_in_the_schemas_order(features: tuple[Feature, ...]) -> None:
     dtype = record_dtype(features)

@@ -18,7 +18,7 @@ ROWS = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(ROWS, st.booleans())
 def test_both_formats_give_the_same_requests_in_the_order_of_their_times(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[int, int, float]], timed: bool

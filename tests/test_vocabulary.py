@@ -39,7 +39,7 @@ def npz() -> bytes:
     return buffer.getvalue()
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(VOCABULARIES, QUERIES)
 def test_lookup_agrees_with_a_dict_of_the_sorted_ids(ids: list[int], queries: list[int]) -> None:
     rows = {key: row for row, key in enumerate(sorted(ids), start=1)}
@@ -77,7 +77,7 @@ def test_repeated_negative_or_oddly_shaped_ids_are_refused(ids: np.ndarray) -> N
         Vocabulary(ids)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(VOCABULARIES)
 def test_saved_bytes_bring_the_vocabulary_back(tmp_path_factory: pytest.TempPathFactory, ids: list[int]) -> None:
     path = tmp_path_factory.mktemp("vocabulary") / "vocabulary.npy"
@@ -132,7 +132,7 @@ def test_bytes_of_anything_else_are_a_value_error(data: bytes) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Reading `.npy` or `.npz` file required additional header parsing")
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.integers(0, 8 * 128 - 1))
 def test_a_flipped_bit_in_the_header_is_harmless_or_a_value_error(bit: int) -> None:
     data = bytearray(npy(int64([1, 2, 3])))
@@ -144,7 +144,7 @@ def test_a_flipped_bit_in_the_header_is_harmless_or_a_value_error(bit: int) -> N
     assert keys.dtype == np.int64
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.one_of(st.binary(max_size=200), st.integers(0, 151).map(lambda n: npy(int64([1, 2, 3]))[:n])))
 def test_random_and_truncated_bytes_are_a_value_error(data: bytes) -> None:
     with pytest.raises(ValueError):

@@ -370,7 +370,7 @@ def logs(draw: st.DrawFn) -> dict[str, list[Any]]:
     }
 
 
-@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
 @given(logs())
 def test_every_log_is_grouped_as_plain_python_groups_it(log: dict[str, list[Any]]) -> None:
     schema = FeatureSchema(actions=3, item_features=(Feature("size", "categorical", 9),))

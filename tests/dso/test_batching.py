@@ -35,7 +35,7 @@ def pieces(batch: Batch, waiting: list[Extent]) -> list[Extent]:
     return [Extent(waiting[share.position].history, share.candidates) for share in batch.shares]
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(queues())
 def test_a_batch_fits_the_first_bucket_of_the_ladder_that_holds_it(queue: Queue) -> None:
     waiting, ladder, layout = queue
@@ -44,7 +44,7 @@ def test_a_batch_fits_the_first_bucket_of_the_ladder_that_holds_it(queue: Queue)
     assert batch.bucket == fitting[0]
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(queues())
 def test_the_most_urgent_request_goes_first_and_whole_when_a_bucket_holds_it(queue: Queue) -> None:
     waiting, ladder, layout = queue
@@ -58,7 +58,7 @@ def test_the_most_urgent_request_goes_first_and_whole_when_a_bucket_holds_it(que
         assert not any(fits([one_more], bucket, layout) for bucket in ladder), "a larger piece would have fitted"
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(queues())
 def test_others_join_in_order_whole_and_nobody_is_left_behind_who_would_fit(queue: Queue) -> None:
     waiting, ladder, layout = queue
@@ -70,7 +70,7 @@ def test_others_join_in_order_whole_and_nobody_is_left_behind_who_would_fit(queu
         assert not fits([*pieces(batch, waiting), waiting[left]], ladder[-1], layout)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(queues())
 def test_batch_after_batch_serves_every_candidate_of_every_request_once(queue: Queue) -> None:
     extents, ladder, layout = queue
@@ -91,7 +91,7 @@ def test_batch_after_batch_serves_every_candidate_of_every_request_once(queue: Q
     }
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(queues(most=1))
 def test_a_request_that_is_alone_leaves_in_as_few_pieces_as_can_be_the_largest_first(queue: Queue) -> None:
     (extent,), ladder, layout = queue

@@ -27,7 +27,7 @@ def arrays(queue: list[Extent]) -> tuple[np.ndarray, np.ndarray]:
     return history, candidates
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(QUEUES, st.sampled_from([(), ((16, 8),), ((16, 8), (32, 12))]))
 def test_a_queue_makes_the_batches_that_next_batch_makes_of_it_on_any_ladder_with_that_largest_bucket(
     queue: list[Extent], smaller: tuple[tuple[int, int], ...]
@@ -44,7 +44,7 @@ def test_a_queue_makes_the_batches_that_next_batch_makes_of_it_on_any_ladder_wit
     assert list(drain(queue, LARGEST, LAYOUT)) == expected
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(QUEUES)
 def test_the_smallest_bucket_that_holds_all_batches_makes_the_same_batches(queue: list[Extent]) -> None:
     history, candidates = arrays(queue)
@@ -78,7 +78,7 @@ def test_requests_wait_together_in_groups() -> None:
     assert together(7, 3).queues.tolist() == [[0, 3], [3, 6], [6, 7]]
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=40).map(sorted), st.integers(1, 20))
 def test_a_queue_holds_what_comes_within_a_window_of_its_first(times: list[int], seconds: int) -> None:
     level = arriving_within(np.array(times, np.float64), seconds)

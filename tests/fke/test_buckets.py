@@ -22,7 +22,7 @@ PAIRS = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(PAIRS)
 def test_a_ladder_is_its_distinct_buckets_cheapest_first(pairs: list[tuple[int, int]]) -> None:
     top = (128, 96)  # holds the longest history, and at least as much as any of the others
@@ -33,7 +33,7 @@ def test_a_ladder_is_its_distinct_buckets_cheapest_first(pairs: list[tuple[int, 
     assert ladder[-1] == top
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(PAIRS.filter(bool), st.integers(0, SCHEMA.block_length))
 def test_the_largest_bucket_of_a_ladder_takes_any_history_of_the_schema(
     pairs: list[tuple[int, int]], history: int
@@ -77,7 +77,7 @@ def test_a_ladder_whose_last_bucket_takes_fewer_candidates_than_another_is_refus
         make_ladder([(1024, 512), (2048, 64)], SCHEMA, LAYOUT)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     st.builds(Layout, align=st.sampled_from([1, 2, 4, 8]), max_requests=st.integers(1, 3)),
     st.integers(1, 12),

@@ -67,7 +67,7 @@ def choose(batches: Batches, most: int, budgets: Sequence[Budget] = (), start: L
     )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(BATCHES, LADDERS, st.integers(1, 6))
 def test_a_choice_is_a_ladder_that_holds_every_batch(batches: Batches, start: Ladder, most: int) -> None:
     ladder = choose(batches, most, start=start)
@@ -80,14 +80,14 @@ def test_a_choice_is_a_ladder_that_holds_every_batch(batches: Batches, start: La
     assert demand.spent(ladder, cost) == pytest.approx(spent(batches, ladder))
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(BATCHES, LADDERS)
 def test_a_choice_is_no_worse_than_the_ladder_it_started_from(batches: Batches, start: Ladder) -> None:
     ladder = choose(batches, len(start), start=start)
     assert spent(batches, ladder) <= spent(batches, start) * (1 + 1e-9)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(BATCHES, LADDERS)
 def test_more_buckets_never_cost_more(batches: Batches, start: Ladder) -> None:
     costs = [spent(batches, choose(batches, most, start=start)) for most in range(1, 9)]
@@ -154,7 +154,7 @@ def test_candidates_of_many_sizes_are_cut_to_levels_that_hold_them() -> None:
     assert demand.shares(ladder).min() > 0.02
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(BATCHES, LADDERS, st.integers(400, 4000))
 def test_budgets_are_kept(batches: Batches, start: Ladder, limit: int) -> None:
     def of(bucket: Bucket) -> float:

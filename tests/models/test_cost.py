@@ -164,7 +164,7 @@ def test_a_buckets_cost_is_the_matrix_products_of_its_program(name: str, bucket:
     assert bucket_cost(config, schema, LAYOUT, bucket) == expected
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     st.sampled_from(sorted(MODELS)),
     st.lists(st.tuples(st.integers(0, 20), st.integers(1, 24)), min_size=1, max_size=3),

@@ -66,7 +66,7 @@ def arrays(draw: st.DrawFn) -> np.ndarray:
     return array.T if draw(st.booleans()) else array
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     weights=st.dictionaries(st.sampled_from(["item", "layers/w", "features/item.é", "z"]), arrays(), max_size=4),
     optimizer=st.lists(arrays(), max_size=12),

@@ -142,7 +142,7 @@ shapes = st.lists(st.tuples(st.integers(0, LENGTH), st.integers(0, LENGTH), st.i
 
 
 @every_case
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(shapes=shapes, seed=st.integers(0, 2**32 - 1))
 def test_scores_match_the_oracle(name: str, shapes: list[tuple[int, int, int]], seed: int) -> None:
     requests = requests_of(name, shapes, np.random.default_rng(seed))
@@ -151,7 +151,7 @@ def test_scores_match_the_oracle(name: str, shapes: list[tuple[int, int, int]], 
 
 
 @every_case
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 2**32 - 1), before=st.integers(0, 2), after=st.integers(0, 2), data=st.data())
 def test_a_score_has_the_same_bits_in_any_company_and_order(
     name: str, seed: int, before: int, after: int, data: st.DataObject

@@ -127,7 +127,7 @@ def schemas(draw: st.DrawFn) -> FeatureSchema:
     )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(schemas(), st.sampled_from([1, 4]), st.integers(1, 3), st.integers(0, 2**32 - 1))
 def test_unpacking_inverts_the_views_of_a_slot(schema: FeatureSchema, align: int, requests: int, seed: int) -> None:
     layout = slot_layout(schema, Layout(align=align, max_requests=requests), Bucket(12, 4))

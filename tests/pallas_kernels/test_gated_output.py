@@ -102,7 +102,7 @@ def test_a_norm_without_weights_and_a_bias_are_the_references_alone() -> None:
 
 
 @given(st.data())
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=3)
 def test_every_way_to_cut_the_work_gives_the_oracles_numbers(data: st.DataObject) -> None:
     warpgroups, cluster = data.draw(st.sampled_from([(1, 1), (2, 1), (1, 2)]))
     tiling = mosaic.Tiling(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from flame_jax.packing import Bucket, Layout
@@ -61,7 +61,6 @@ def test_the_held_out_share_is_rounded_down() -> None:
     assert split_points(np.array([0, 1, 4, 5, 9, 10, 100]), 0.2).tolist() == [0, 1, 4, 4, 8, 8, 80]
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.integers(0, 90), min_size=1, max_size=12),
     st.integers(1, 40),

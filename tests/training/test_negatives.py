@@ -24,7 +24,7 @@ def history(*events: tuple[int, int]) -> History:
 EVENTS = st.lists(st.tuples(st.sampled_from([3, 5, 2**40, 7, 9]), st.integers(0, 5 * WEEK)), max_size=12)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.lists(EVENTS, min_size=1, max_size=6), st.integers(1, 4), st.integers(0, 2**32 - 1))
 def test_a_negative_was_taken_by_another_user_in_the_same_period_and_not_by_this_one(
     users: list[list[tuple[int, int]]], count: int, seed: int
