@@ -23,10 +23,50 @@ class StoreConfig:
     """Where features are read from.
 
     Attributes:
-        path: folder of the LMDB store.
+        path: folder of the LMDB store, which training reads, and the server too if there is no url.
+        url: a server that speaks the Redis protocol: redis://HOST:PORT/DB, rediss:// with TLS (its query may name
+            ssl_ca_certs, ssl_certfile and ssl_keyfile), or unix:///PATH. It may hold a user and a password, which are
+            never logged; FLAME_STORE__URL keeps them out of files.
+        prefix: how the names of its keys begin.
+        timeout_ms: how long a server may take to answer.
+        connections: to a server at most; calls beyond wait for one.
     """
 
     path: str = "runs/demo/store"
+    url: str = ""
+    prefix: str = "flame"
+    timeout_ms: float = 20.0
+    connections: int = 16
+
+    def __post_init__(self) -> None:
+        _at_least(1, "store", self, "connections")
+        if not self.timeout_ms > 0:
+            raise ValueError(f"store.timeout_ms must be positive, not {self.timeout_ms}")
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Items' features, kept in the server's memory; users' are not, since few come back soon.
+
+    Attributes:
+        mode: `off`: every call asks the store; `sync`: what is missing or too old is waited for; `async`: what is too
+            old is used and asked for again, what is missing counts as unknown and is asked for, and calls are
+            answered without the store when it fails.
+        mib: memory for features at most, in MiB.
+        ttl_seconds: age at which an entry is too old; each one's is up to a tenth shorter, by chance.
+        absent_ttl_seconds: the same of items that the store does not have.
+    """
+
+    mode: Literal["off", "sync", "async"] = "off"
+    mib: int = 256
+    ttl_seconds: float = 60.0
+    absent_ttl_seconds: float = 10.0
+
+    def __post_init__(self) -> None:
+        _at_least(1, "cache", self, "mib")
+        for name in ("ttl_seconds", "absent_ttl_seconds"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"cache.{name} must be positive, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -398,6 +438,7 @@ class Config:
     """
 
     store: StoreConfig = StoreConfig()
+    cache: CacheConfig = CacheConfig()
     data: DataConfig = DataConfig()
     schema: FeatureSchema = FeatureSchema()
     layout: Layout = Layout()

@@ -88,10 +88,12 @@ class FeatureReport:
         unknown_user: the store has no such user and no history was sent.
         truncated_history: some block of the model had more events than it reads.
         unknown_items: candidates outside the vocabulary, scored as the out-of-vocabulary row.
-        missing_items: candidates without a record in the store, scored with features of zero.
+        missing_items: candidates without a record in the store, scored with each feature's default.
+        degraded: some feature was stale or a default because the store was not waited for.
     """
 
     unknown_user: bool
     truncated_history: bool
     unknown_items: int
     missing_items: int
+    degraded: bool = False

@@ -22,8 +22,9 @@ from flame_jax.config import Config, ServerConfig
 from flame_jax.fke.compile import CompileCounter
 from flame_jax.fke.repository import Repository, RepositoryError, SingleArtifact, Source
 from flame_jax.fke.signing import KeyFileError, TrustedKeys
-from flame_jax.pda.lmdb_store import LmdbStore
-from flame_jax.pda.store import StoreError
+from flame_jax.pda.open import open_store
+from flame_jax.pda.query import FeatureQuery
+from flame_jax.pda.store import Store, StoreError, redacted
 from flame_jax.schema import FeatureSchema
 from flame_jax.server.background import any_running, in_background
 from flame_jax.server.control import CONTROL, ModelControl
@@ -69,7 +70,8 @@ async def serve(config: Config) -> int:
         asyncio.get_running_loop().add_signal_handler(number, _on_signal, stopped)
     server, port = _bind_ranking(settings)
     admin, admin_port = _bind_admin(settings)
-    store, metrics, models = LmdbStore(config.store.path), Metrics(), Models()
+    store, metrics, models = await open_store(config.store), Metrics(), Models()
+    query = FeatureQuery(store, config.cache)
     metrics_port = _listen(metrics, settings)
     reloader = await _unless(stopped, _load(config, store, models, metrics, stopped))
     if reloader is None:
@@ -79,12 +81,14 @@ async def serve(config: Config) -> int:
     manifest = models.active.manifest
     if config.schema not in (FeatureSchema(), manifest.schema):
         log.warning("the configuration's schema is not the artifact's, which is the one served")
-    log.info("configuration: %s", json.dumps(dataclasses.asdict(config)))
+    shown = dataclasses.replace(config, store=dataclasses.replace(config.store, url=redacted(config.store.url)))
+    log.info("configuration: %s", json.dumps(dataclasses.asdict(shown)))
     service = RankingService(
-        model=reloader.model, models=models, config=settings, store=store, metrics=metrics, on_failed=reloader.failed
+        model=reloader.model, models=models, config=settings, query=query, metrics=metrics, on_failed=reloader.failed
     )
     compiles = CompileCounter()
     _export(metrics, models, service, compiles)
+    _export_cache(metrics, query)
     checks = await open_port(server, SERVICE, service.handler())
     if admin is not None:
         await open_port(admin, CONTROL, ModelControl(models, reloader).handler())
@@ -110,13 +114,13 @@ async def serve(config: Config) -> int:
     if status == 0 and not await models.stop():
         log.error("a batch did not finish: the device hangs")
         status = 1
-    store.close()
+    await query.aclose()
     log.info("stopped; %d compilations after READY", compiles.count)
     return status
 
 
 async def _load(
-    config: Config, store: LmdbStore, models: Models, metrics: Metrics, stopped: asyncio.Future[int]
+    config: Config, store: Store, models: Models, metrics: Metrics, stopped: asyncio.Future[int]
 ) -> Reloader:
     """Load what is served first."""
     settings = config.server
@@ -213,6 +217,23 @@ def _export(metrics: Metrics, models: Models, service: RankingService, compiles:
         ["version"],
         lambda: sorted({((live.version,), live.engine.golden_difference) for live, _ in models}),
     )
+
+
+def _export_cache(metrics: Metrics, query: FeatureQuery) -> None:
+    cache = query.cache
+    if cache is None:
+        return
+    metrics.counters(
+        "flame_cache_lookups",
+        "Items looked up in the cache: hits, entries that were too old, and what was not there",
+        ["result"],
+        lambda: zip((("hit",), ("stale",), ("miss",)), cache.counts[:3], strict=True),
+    )
+    metrics.counters(
+        "flame_cache_evictions", "Entries that made room for others", [], lambda: [((), cache.counts.evictions)]
+    )
+    metrics.counters("flame_cache_refreshes", "Items fetched in the background", [], lambda: [((), query.refreshed)])
+    metrics.gauge("flame_cache_bytes", "Memory that the cache takes, about", lambda: cache.nbytes)
 
 
 def _on_signal(stopped: asyncio.Future[int]) -> None:

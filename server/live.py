@@ -19,8 +19,7 @@ from flame_jax.fke.engine import Engine
 from flame_jax.fke.repository import Version
 from flame_jax.fke.signing import TrustedKeys
 from flame_jax.pda.assembler import Assembler
-from flame_jax.pda.lmdb_store import LmdbStore
-from flame_jax.pda.store import StoreError
+from flame_jax.pda.store import Store, StoreError
 from flame_jax.server.validation import Validator
 
 log = logging.getLogger(__name__)
@@ -130,7 +129,7 @@ class Loader:
     """
 
     config: Config
-    store: LmdbStore
+    store: Store
     trusted: TrustedKeys | None
     device: jax.Device
     loop: asyncio.AbstractEventLoop
@@ -167,7 +166,7 @@ class Loader:
             raise ArtifactError(f"artifact {artifact.path} is of model {manifest.model.name!r}, not {model!r}")
         if manifest.version != version.name:
             raise ArtifactError(f"artifact {artifact.path} is version {manifest.version!r}, not {version.name!r}")
-        self.store.check(manifest.schema)
+        self.store.description.check(manifest.schema, self.store.name)
         engine = Engine(artifact, self.device, beside=beside)
         engine.warm()
         return LiveModel(engine, version.identity, self.config, self.loop, self.on_fatal)

@@ -13,8 +13,9 @@ import numpy as np
 from flame_jax.config import ServerConfig
 from flame_jax.dso.dispatcher import Done, QueueFull, Status
 from flame_jax.pda.assembler import Assembled
+from flame_jax.pda.query import FeatureQuery
 from flame_jax.pda.records import CorruptRecord
-from flame_jax.pda.store import Store, StoreError
+from flame_jax.pda.store import StoreError
 from flame_jax.request import RankRequest
 from flame_jax.server.errors import Fault, RankError
 from flame_jax.server.live import LiveModel
@@ -62,11 +63,11 @@ class RankingService:
         model: str,
         models: Models,
         config: ServerConfig,
-        store: Store,
+        query: FeatureQuery,
         metrics: Metrics,
         on_failed: Callable[[LiveModel], None],
     ) -> None:
-        self._model, self._models, self._config, self._store = model, models, config, store
+        self._model, self._models, self._config, self._query = model, models, config, query
         self._metrics, self._on_failed = metrics, on_failed
         self.draining = False
         self.in_flight = 0
@@ -86,8 +87,9 @@ class RankingService:
         try:
             async with asyncio.timeout(seconds):
                 answer = await self._answer(message, call)
-            self._finished(call, "ok", "OK")
-            return answer
+            data = answer.SerializeToString()
+            self._finished(call, "degraded" if answer.flags.degraded else "ok", "OK")
+            return data
         except RankError as error:
             fault = error.fault
         except TimeoutError:
@@ -115,12 +117,12 @@ class RankingService:
         if live is None:
             return
         live.in_flight -= 1
-        live.ok += outcome == "ok"
+        live.ok += outcome in ("ok", "degraded")
         if code in _OWN_FAULTS:
             live.failed += 1
             self._on_failed(live)
 
-    async def _answer(self, message: bytes, call: _Call) -> bytes:
+    async def _answer(self, message: bytes, call: _Call) -> ranking_pb2.RankResponse:
         if self.draining:
             raise RankError(Fault.DRAINING)
         if self.in_flight > self._config.max_in_flight:
@@ -155,14 +157,14 @@ class RankingService:
             setattr(answer.timings, f"{stage}_us", nanoseconds // 1000)
         answer.timings.batches = done.batches
         self._metrics.stages(stages)
-        return answer.SerializeToString()
+        return answer
 
     async def _features(self, live: LiveModel, request: RankRequest) -> Assembled:
         try:
             wanted = request.candidates if live.schema.fetches_items else request.candidates[:0]
-            fetched = await self._store.fetch(request.user, wanted)
-        except StoreError:
-            log.exception("the store failed")
+            fetched = await self._query.fetch(request.user, wanted)
+        except StoreError as error:
+            log.debug("%s", error)  # the store says itself when it goes down
             raise RankError(Fault.STORE_UNAVAILABLE) from None
         except CorruptRecord:
             log.exception("the store holds a damaged record")
@@ -210,7 +212,8 @@ class RankingService:
             answer.top.item_ids = request.candidates[best].astype("<i8").tobytes()
             answer.top.values = first[best].tobytes()
         flags = answer.flags
-        flags.unknown_user, flags.truncated_history = report.unknown_user, report.truncated_history
+        flags.degraded, flags.unknown_user = report.degraded, report.unknown_user
+        flags.truncated_history = report.truncated_history
         flags.unknown_items, flags.missing_items = report.unknown_items, report.missing_items
         self._metrics.answered(
             scores.size,

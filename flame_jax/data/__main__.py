@@ -1,24 +1,29 @@
-"""Interaction logs into a feature store.
+"""Interaction logs into a feature store, and one store into another.
 
 `python -m flame_jax.data import --config FILE` imports a log of one's own as the section `data` says;
-`python -m flame_jax.data import DATASET --store DIR` imports a known data set.
+`python -m flame_jax.data import DATASET --store DIR` imports a known data set;
+`python -m flame_jax.data load --from DIR --store URL` copies an imported store to a server.
 """
 
 from __future__ import annotations
 
 import argparse
 import inspect
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 
 from flame_jax.commandline import load, refuse
-from flame_jax.config import Config, DataConfig
+from flame_jax.config import Config, DataConfig, StoreConfig
 from flame_jax.data.errors import DataError, require_pyarrow
 from flame_jax.data.known import DATASETS
 from flame_jax.pda.lmdb_store import LmdbStore
-from flame_jax.pda.store import StoreError
+from flame_jax.pda.store import StoreError, redacted
 
 PROG = "python -m flame_jax.data"
+URL = "FLAME_STORE__URL"
+"""The variable that sets `store.url`, so that a password need not stand in a command or a file."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -27,7 +32,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args[:1] == ["import"] and _names_settings(args[1:]):
         import_log(load(args[1:], prog=f"{PROG} import"))
     else:
-        _import_data_set(args)
+        known = _parser().parse_args(args)
+        try:
+            known.run(known)
+        except (DataError, StoreError) as error:
+            refuse(PROG, str(error), status=1)
 
 
 def _names_settings(args: list[str]) -> bool:
@@ -69,8 +78,22 @@ def _refuse_existing(path: str) -> None:
     raise StoreError(f"store {path} exists already; remove the folder to import again")
 
 
-def _import_data_set(args: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog=PROG, description="Fill a feature store from an interaction log.")
+def _import_data_set(args: argparse.Namespace) -> None:
+    users, items, events = DATASETS[args.dataset].write(args.store)
+    print(f"imported {users} users, {items} items and {events} events into {args.store}")
+
+
+def _load(args: argparse.Namespace) -> None:
+    from flame_jax.data.load import load_store
+
+    with closing(LmdbStore(args.source)) as source:
+        config = StoreConfig(url=args.store, prefix=args.prefix)
+        written = load_store(source, config, restart=args.restart)
+    print(f"copied {written} values from {args.source} into {redacted(args.store)}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=PROG, description="Fill a feature store.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     importer = commands.add_parser(
         "import",
@@ -82,12 +105,22 @@ def _import_data_set(args: list[str]) -> None:
     )
     importer.add_argument("dataset", choices=sorted(DATASETS), help="a known data set")
     importer.add_argument("--store", required=True, metavar="DIR", help="folder of the data set's new store")
-    known = parser.parse_args(args)
-    try:
-        users, items, events = DATASETS[known.dataset].write(known.store)
-    except (DataError, StoreError) as error:
-        refuse(PROG, str(error), status=1)
-    print(f"imported {users} users, {items} items and {events} events into {known.store}")
+    importer.set_defaults(run=_import_data_set)
+    loader = commands.add_parser(
+        "load",
+        help="copy a store to a server that speaks the Redis protocol",
+        description="Copy an imported store to a server that speaks the Redis protocol, such as Valkey. What broke off "
+        "is taken up again where it was; a store that is there is refreshed while it serves.",
+    )
+    url = os.environ.get(URL, "")
+    loader.add_argument("--from", dest="source", default=StoreConfig().path, metavar="DIR", help="the LMDB store")
+    loader.add_argument(
+        "--store", default=url, required=not url, metavar="URL", help=f"store.url; by default what {URL} holds"
+    )
+    loader.add_argument("--prefix", default=StoreConfig().prefix, help="store.prefix (default: %(default)s)")
+    loader.add_argument("--restart", action="store_true", help="begin anew, where another store's copy broke off")
+    loader.set_defaults(run=_load)
+    return parser
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ class KnownDataset(NamedTuple):
         except StoreError:
             self.write(store)
             return
-        held = found.dataset
+        held = found.description.dataset
         found.close()
         if held != self.name:
             raise DataError(f"store {store} holds {held!r}, not {self.name!r}: name another with --store.path")

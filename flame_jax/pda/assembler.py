@@ -66,10 +66,11 @@ class Assembler:
             item_columns=item_columns,
         )
         report = FeatureReport(
-            unknown_user=user is None and request.history is None,
+            unknown_user=user is None and request.history is None and not fetched.user_lost,
             truncated_history=truncated,
             unknown_items=int(np.count_nonzero(candidates == UNKNOWN_ROW)),
             missing_items=int(np.count_nonzero(~fetched.found)),
+            degraded=fetched.degraded,
         )
         return Assembled(record, report)
 

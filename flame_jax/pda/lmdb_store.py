@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator
 from operator import itemgetter
@@ -20,13 +19,13 @@ from flame_jax.pda.records import (
     decode_user,
     encode_user,
     item_dtype,
+    join_rows,
     user_dtype,
 )
-from flame_jax.pda.store import MAX_USER_KEY, Fetched, StoreError
+from flame_jax.pda.store import MAX_USER_KEY, Description, Fetched, StoreError
 from flame_jax.request import History
 from flame_jax.schema import FeatureSchema
 
-FORMAT = 1
 _TABLES = ("users", "items", "titles", "meta")
 _META = b"meta"
 _MAP_SIZE = 1 << 40  # address space, not disk: LMDB grows its file as needed
@@ -40,10 +39,11 @@ class LmdbStore:
 
     Args:
         path: the folder.
-        schema: what the records must have been written for, see `check`; None takes what is there.
+        schema: what the records must have been written for, see `Description.check`; None takes what is there.
 
     Attributes:
-        dataset: what it says it holds.
+        name: the folder.
+        description: what it says it holds.
 
     Raises:
         StoreError: no store there, or one of another format or schema.
@@ -52,55 +52,30 @@ class LmdbStore:
     def __init__(self, path: str | Path, schema: FeatureSchema | None = None) -> None:
         self._env, tables = _open(Path(path), write=False)
         self._users, self._items, self._titles, self._meta = (tables[name] for name in _TABLES)
-        meta = self._read_meta(path)
+        self.name = str(path)
         try:
-            written = FeatureSchema.from_json(meta["schema"])
-        except (ValueError, KeyError, TypeError) as error:
-            self.close()
-            raise StoreError(f"store {path} has a damaged description") from error
-        self.dataset = str(meta.get("dataset"))
+            with self._env.begin(self._meta) as txn:
+                self.description = Description.parse(txn.get(_META), self.name)
+            if schema is not None:
+                self.description.check(schema, self.name)
+        except StoreError:
+            self._env.close()
+            raise
+        written = self.description.schema
         self._user_dtype, self._item_dtype = user_dtype(written), item_dtype(written)
         self._item_features = written.stored_item_features
-        self._path, self._fingerprint = path, written.store_fingerprint()
-        if schema is not None:
-            try:
-                self.check(schema)
-            except StoreError:
-                self.close()
-                raise
-
-    def check(self, schema: FeatureSchema) -> None:
-        """Raise StoreError when the records were written for a schema that stores something else."""
-        if schema.store_fingerprint() != self._fingerprint:
-            raise StoreError(
-                f"store {self._path} was written for another feature schema (actions, item or user features differ)"
-            )
-
-    def _read_meta(self, path: str | Path) -> dict[str, Any]:
-        with self._env.begin(self._meta) as txn:
-            blob = txn.get(_META)
-        if blob is None:
-            self.close()
-            raise StoreError(f"store {path} is incomplete: its import has not finished")
-        try:
-            meta = json.loads(blob)
-        except ValueError:
-            meta = None
-        if not isinstance(meta, dict):
-            self.close()
-            raise StoreError(f"store {path} has a damaged description")
-        if meta.get("format") != FORMAT:
-            self.close()
-            raise StoreError(f"store {path} has format {meta.get('format')}, this program reads {FORMAT}")
-        return meta
 
     async def fetch(self, user: str | None, item_ids: np.ndarray) -> Fetched:
         """See `Store.fetch`."""
-        return self.read(user, item_ids)
+        return self._read(user, item_ids)
 
     def read(self, user: str | None, item_ids: np.ndarray) -> Fetched:
-        """`fetch` for callers without an event loop."""
+        """`fetch` for callers without an event loop, of int64[C] items in any order, which may repeat."""
         ids, inverse = np.unique(item_ids, return_inverse=True)
+        fetched = self._read(user, ids)
+        return Fetched(fetched.user, fetched.items[inverse], fetched.found[inverse])
+
+    def _read(self, user: str | None, ids: np.ndarray) -> Fetched:
         keys = ids.astype("<i8").view("V8").tolist()
         try:
             with self._env.begin(buffers=True) as txn:
@@ -109,21 +84,12 @@ class LmdbStore:
                 with txn.cursor(self._items) as cursor:
                     pairs = cursor.getmulti(keys)
                     stored = np.frombuffer(b"".join(map(itemgetter(0), pairs)), "<i8")
-                    lengths = set(map(len, map(itemgetter(1), pairs)))
-                    packed = b"".join(map(itemgetter(1), pairs))
+                    rows = join_rows(list(map(itemgetter(1), pairs)), self._item_dtype, self._item_features)
         except lmdb.Error as error:
             raise StoreError(f"LMDB read failed: {error}") from error
-        if lengths - {self._item_dtype.itemsize}:
-            raise CorruptRecord("item record has the wrong length")
-        rows = np.frombuffer(packed, self._item_dtype)
         if (rows["id"] != stored).any():
             raise CorruptRecord("item record belongs to another item")
-        try:
-            check_rows(self._item_features, rows)
-        except ValueError as error:
-            raise CorruptRecord(f"item record: {error}") from error
-        rows, found = decode_items(ids, rows, self._item_features)
-        return Fetched(record, rows[inverse], found[inverse])
+        return Fetched(record, *decode_items(ids, rows, self._item_features))
 
     def users(self) -> Iterator[str]:
         """Every user's key, sorted as bytes."""
@@ -137,6 +103,20 @@ class LmdbStore:
             keys = b"".join(txn.cursor().iternext(keys=True, values=False))
         return np.sort(np.frombuffer(keys, "<i8").astype(np.int64))
 
+    def count(self, table: str) -> int:
+        """Values of a table: `users`, `items` or `titles`."""
+        with self._env.begin() as txn:
+            return int(txn.stat(self._env.open_db(table.encode(), txn, create=False))["entries"])
+
+    def raw(self, table: str, after: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+        """A table's keys and values as they are stored, in the order of the keys, from the one after `after` on."""
+        with self._env.begin(self._env.open_db(table.encode(), create=False)) as txn, txn.cursor() as cursor:
+            found = cursor.set_range(after) if after else cursor.first()
+            if found and cursor.key() == after:
+                found = cursor.next()
+            if found:
+                yield from cursor.iternext()
+
     def titles(self, item_ids: Iterable[int]) -> list[str | None]:
         """Display titles, None where the store has none."""
         with self._env.begin(self._titles) as txn:
@@ -144,8 +124,12 @@ class LmdbStore:
         return [None if b is None else bytes(b).decode() for b in blobs]
 
     def close(self) -> None:
-        """See `Store.close`."""
+        """Release the folder."""
         self._env.close()
+
+    async def aclose(self) -> None:
+        """See `Store.aclose`."""
+        self.close()
 
 
 class LmdbWriter:
@@ -205,13 +189,8 @@ class LmdbWriter:
 
     def finish(self, dataset: str) -> None:
         """Mark the store complete."""
-        meta = {
-            "format": FORMAT,
-            "dataset": dataset,
-            "schema": self._schema.to_json(),
-        }
         with self._env.begin(self._tables["meta"], write=True) as txn:
-            txn.put(_META, json.dumps(meta).encode())
+            txn.put(_META, Description(dataset, self._schema).to_bytes())
         self._env.sync(True)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -108,6 +108,22 @@ def decode_user(key: str, blob: bytes | memoryview, dtype: np.dtype[Any]) -> Use
     ids, times, actions = column("<i8"), column("<i8"), column("<i4")
     row = np.frombuffer(bytes(blob[at:]), dtype).reshape(()) if tail else np.zeros((), dtype)
     return UserRecord(History(ids, actions, times), row)
+
+
+def join_rows(values: Sequence[bytes | memoryview], dtype: np.dtype[Any], features: tuple[Feature, ...]) -> np.ndarray:
+    """Stored item records as structured[n] rows.
+
+    Raises:
+        CorruptRecord: one has another length, or a value out of its feature's range.
+    """
+    if set(map(len, values)) - {dtype.itemsize}:
+        raise CorruptRecord("item record has the wrong length")
+    rows = np.frombuffer(b"".join(values), dtype)
+    try:
+        check_rows(features, rows)
+    except ValueError as error:
+        raise CorruptRecord(f"item record: {error}") from error
+    return rows
 
 
 def decode_items(ids: np.ndarray, rows: np.ndarray, features: tuple[Feature, ...]) -> tuple[np.ndarray, np.ndarray]:

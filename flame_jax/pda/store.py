@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+import json
+from typing import NamedTuple, Protocol, Self
+from urllib.parse import urlsplit
 
 import numpy as np
 
 from flame_jax.pda.records import UserRecord
+from flame_jax.schema import FeatureSchema
 
+FORMAT = 1
 MAX_USER_KEY = 256
 """Bytes of a user's key in UTF-8 at most."""
 
@@ -15,6 +19,14 @@ MAX_USER_KEY = 256
 def usable_key(user: str) -> bool:
     """Whether a request may name a user by this key: 1 to 256 bytes of UTF-8, no control characters."""
     return 0 < len(user.encode()) <= MAX_USER_KEY and not any(ord(c) < 32 or ord(c) == 127 for c in user)
+
+
+def redacted(url: str) -> str:
+    """A store's URL as it may be logged: without user, password and options."""
+    if not url:
+        return ""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 class StoreError(Exception):
@@ -26,25 +38,82 @@ class Fetched(NamedTuple):
 
     Attributes:
         user: None when the store has no such user, or none was asked for.
-        items: structured[C] (`records.item_dtype`) in the order asked; zeros where not found.
+        items: structured[C] (`records.item_dtype`) in the order asked; each feature's default where not found.
         found: bool[C].
+        user_lost: the store did not say whether it has the user.
+        degraded: the store was not waited for: an item is too old, or a default for the moment, or `user_lost`.
     """
 
     user: UserRecord | None
     items: np.ndarray
     found: np.ndarray
+    user_lost: bool = False
+    degraded: bool = False
 
 
 class Store(Protocol):
-    """Reads features; one call is one round trip."""
+    """Reads features; one call is one round trip.
+
+    Attributes:
+        name: what messages call it; holds no password.
+        description: what it says it holds.
+    """
+
+    name: str
+    description: Description
 
     async def fetch(self, user: str | None, item_ids: np.ndarray) -> Fetched:
-        """Features of one user and of int64[C] items, which may repeat.
+        """Features of one user and of int64[n] items, sorted and distinct.
 
         Raises:
             StoreError: the store doesn't answer.
             CorruptRecord: a value is damaged or belongs to another key.
         """
 
-    def close(self) -> None:
+    async def aclose(self) -> None:
         """Release the store; no fetch may be under way."""
+
+
+class Description(NamedTuple):
+    """What a store says of itself, under a key that is written last.
+
+    Attributes:
+        dataset: what it holds.
+        schema: whose features its records have.
+    """
+
+    dataset: str
+    schema: FeatureSchema
+
+    def to_bytes(self) -> bytes:
+        """As a store holds it."""
+        return json.dumps({"format": FORMAT, "dataset": self.dataset, "schema": self.schema.to_json()}).encode()
+
+    @classmethod
+    def parse(cls, blob: bytes | None, store: str) -> Self:
+        """Inverse of `to_bytes`; None for a store that has none.
+
+        Raises:
+            StoreError: the store, of this name, is unfinished, damaged or of another format.
+        """
+        if blob is None:
+            raise StoreError(f"store {store} is incomplete: its import has not finished")
+        try:
+            said = json.loads(blob)
+        except ValueError:
+            said = None
+        if not isinstance(said, dict):
+            raise StoreError(f"store {store} has a damaged description")
+        if said.get("format") != FORMAT:
+            raise StoreError(f"store {store} has format {said.get('format')}, this program reads {FORMAT}")
+        try:
+            return cls(str(said.get("dataset")), FeatureSchema.from_json(said["schema"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"store {store} has a damaged description") from error
+
+    def check(self, schema: FeatureSchema, store: str) -> None:
+        """Raise StoreError when the records were written for a schema that stores something else."""
+        if schema.store_fingerprint() != self.schema.store_fingerprint():
+            raise StoreError(
+                f"store {store} was written for another feature schema (actions, item or user features differ)"
+            )

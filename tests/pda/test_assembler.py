@@ -171,7 +171,7 @@ def reference(schema: FeatureSchema, case: Case) -> tuple[list[int], FeatureRepo
     return words, report
 
 
-@settings(deadline=None, max_examples=250)
+@settings(max_examples=250)
 @given(schemas(), st.data())
 def test_a_record_and_its_report_are_those_of_the_reference(schema: FeatureSchema, data: st.DataObject) -> None:
     case = data.draw(cases(schema))
@@ -181,7 +181,7 @@ def test_a_record_and_its_report_are_those_of_the_reference(schema: FeatureSchem
     assert assembled.report == report
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(schemas(), st.data())
 def test_an_assembler_keeps_nothing_of_one_request_for_the_next(schema: FeatureSchema, data: st.DataObject) -> None:
     first, second = data.draw(cases(schema)), data.draw(cases(schema))

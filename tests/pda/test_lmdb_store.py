@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import shutil
@@ -15,10 +14,7 @@ from pathlib import Path
 import lmdb
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from flame_jax.packing import MAX_TIME
 from flame_jax.pda.assembler import Assembler
 from flame_jax.pda.lmdb_store import LmdbStore, LmdbWriter
 from flame_jax.pda.records import CorruptRecord, encode_user, feature_row, item_dtype
@@ -26,45 +22,7 @@ from flame_jax.pda.store import MAX_USER_KEY, StoreError
 from flame_jax.request import History, RankRequest
 from flame_jax.schema import Block, Feature, FeatureSchema
 from flame_jax.vocabulary import Vocabularies, Vocabulary
-
-SCHEMA = FeatureSchema(
-    actions=3,
-    item_features=(Feature("year", "numeric"), Feature("shop", "categorical", 9)),
-    user_features=(Feature("age", "categorical", 9),),
-)
-IDS = (0, 3, 5, 7, 2**31, 2**32 + 3, 2**63 - 1)
-YEARS = {key: 1.0 + position for position, key in enumerate(IDS)}
-HISTORIES = {
-    "u": History(np.array([3, 2**32 + 3], np.int64), np.array([0, 2], np.int32), np.array([10, 20], np.int64)),
-    "ü/\0☃": History(np.array([2**63 - 1], np.int64), np.array([1], np.int32), np.array([MAX_TIME], np.int64)),
-    "x" * MAX_USER_KEY: History.empty(),
-}
-AGES = dict(zip(HISTORIES, (1, 2, 3), strict=True))
-
-
-def item_rows(years: dict[int, float]) -> np.ndarray:
-    rows = np.zeros(len(years), item_dtype(SCHEMA))
-    rows["id"], rows["year"] = list(years), list(years.values())
-    return rows
-
-
-def age(years: int) -> np.ndarray:
-    return feature_row(SCHEMA.user_features, {"age": years})
-
-
-def ids(*keys: int) -> np.ndarray:
-    return np.array(keys, np.int64)
-
-
-def key_of(item: int) -> bytes:
-    return item.to_bytes(8, "little", signed=True)
-
-
-def write_store(path: Path) -> None:
-    with LmdbWriter(path, SCHEMA) as writer:
-        writer.put_items(item_rows(YEARS), {3: "Three ☃", -1: "Below"})
-        assert writer.put_users((key, history, age(AGES[key])) for key, history in HISTORIES.items()) == 3
-        writer.finish("test")
+from tests.pda.stored import HISTORIES, IDS, SCHEMA, YEARS, age, ids, item_rows, key_of, write_store
 
 
 def put_raw(path: Path, table: str, values: dict[bytes, bytes]) -> None:
@@ -96,38 +54,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LmdbStore]:
     write_store(folder)
     with opened(folder) as found:
         yield found
-
-
-@pytest.mark.parametrize("user", HISTORIES)
-def test_users_come_back_with_their_events_and_features(store: LmdbStore, user: str) -> None:
-    record = store.read(user, ids()).user
-    assert record is not None
-    assert record.history.item_ids.tolist() == HISTORIES[user].item_ids.tolist()
-    assert record.history.actions.tolist() == HISTORIES[user].actions.tolist()
-    assert record.history.timestamps.tolist() == HISTORIES[user].timestamps.tolist()
-    assert record.features["age"] == AGES[user]
-
-
-@settings(deadline=None, max_examples=100)
-@given(st.lists(st.sampled_from([*IDS, 1, 8, 2**32, 2**31 - 1, 2**63 - 2, -1, 3 - 2**32, -(2**63)]), max_size=20))
-def test_items_come_in_the_order_asked_with_zeros_for_the_unknown(store: LmdbStore, asked: list[int]) -> None:
-    fetched = store.read(None, ids(*asked))
-    assert fetched.user is None
-    assert fetched.items["id"].tolist() == asked
-    assert fetched.found.tolist() == [key in YEARS for key in asked]
-    assert fetched.items["year"].tolist() == [YEARS.get(key, 0.0) for key in asked]
-
-
-def test_fetching_is_reading(store: LmdbStore) -> None:
-    fetched = asyncio.run(store.fetch("u", ids(5, 4, 5)))
-    assert fetched.user is not None
-    assert fetched.user.history.item_ids.tolist() == [3, 2**32 + 3]
-    assert fetched.found.tolist() == [True, False, True]
-
-
-@pytest.mark.parametrize("user", ["nobody", "U", "u ", "u\0", "ü"])
-def test_an_unknown_user_is_none(store: LmdbStore, user: str) -> None:
-    assert store.read(user, ids(3)).user is None
 
 
 def test_a_store_lists_its_users_items_and_titles(store: LmdbStore) -> None:
@@ -228,12 +154,10 @@ def test_a_store_of_another_schema_is_refused_and_left_as_it_was(path: Path, oth
 
 def test_an_open_store_is_checked_for_another_models_schema_and_stays_open(path: Path) -> None:
     with opened(path) as store:
-        store.check(SCHEMA)
+        store.description.check(SCHEMA, store.name)
+        other = FeatureSchema(actions=4, item_features=SCHEMA.item_features, user_features=SCHEMA.user_features)
         with pytest.raises(StoreError, match="another feature schema"):
-            store.check(
-                FeatureSchema(actions=4, item_features=SCHEMA.item_features, user_features=SCHEMA.user_features)
-            )
-        store.check(SCHEMA)
+            store.description.check(other, store.name)
         assert list(store.users())
 
 

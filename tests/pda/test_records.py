@@ -63,7 +63,7 @@ def blob(key: str = "user", events: int = 3) -> bytes:
     return encode_user(key, history([(2**40 + k, k, k % 4) for k in range(events)]), row)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(KEYS, EVENTS, feature_groups(), st.data())
 def test_a_user_comes_back_as_stored(
     key: str, events: list[tuple[int, int, int]], features: tuple[Feature, ...], data: st.DataObject
@@ -99,7 +99,7 @@ def test_a_truncated_user_is_corrupt(length: int) -> None:
         decode_user("user", blob()[:length], DTYPE)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.binary(min_size=1, max_size=64))
 def test_a_user_with_bytes_behind_it_is_corrupt(more: bytes) -> None:
     with pytest.raises(CorruptRecord):
@@ -114,7 +114,7 @@ def test_a_flipped_bit_in_the_header_is_corrupt(bit: int) -> None:
         decode_user("user", bytes(flipped), DTYPE)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(KEYS, KEYS)
 def test_another_users_record_is_corrupt(key: str, other: str) -> None:
     if key == other:
@@ -130,21 +130,21 @@ def test_a_record_of_another_schema_is_corrupt(features: tuple[Feature, ...]) ->
         decode_user("user", blob(), user_dtype(FeatureSchema(user_features=features)))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.binary(max_size=120))
 def test_random_bytes_are_corrupt(data: bytes) -> None:
     with pytest.raises(CorruptRecord):
         decode_user("user", data, DTYPE)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(*[st.integers(0, 2**32 - 1) | st.integers(0, 20)] * 3, st.binary(max_size=80))
 def test_whatever_a_header_claims_nothing_but_corrupt_is_raised(name: int, events: int, tail: int, rest: bytes) -> None:
     with pytest.raises(CorruptRecord):
         decode_user("\0" * 5, struct.pack("<4sIII", b"FLU1", name, events, tail) + rest, DTYPE)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.data())
 def test_found_items_line_up_with_the_ids_asked_for(data: st.DataObject) -> None:
     dtype = item_dtype(SCHEMA)
@@ -183,7 +183,7 @@ def test_rows_that_do_not_echo_distinct_ids_asked_for_in_order_are_corrupt(asked
         decode_items(np.array(asked, np.int64), rows, SCHEMA.item_features)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(feature_groups(), st.data())
 def test_a_feature_row_holds_the_values_named_and_zero_for_the_rest(
     features: tuple[Feature, ...], data: st.DataObject

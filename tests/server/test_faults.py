@@ -132,7 +132,7 @@ def test_a_malformed_message_is_named_so(call: Call, message: bytes) -> None:
     refused(call, message, Fault.MALFORMED_MESSAGE)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(message=st.binary(max_size=200))
 def test_random_bytes_never_end_in_an_internal_error(call: Call, message: bytes) -> None:
     try:
@@ -141,7 +141,7 @@ def test_random_bytes_never_end_in_an_internal_error(call: Call, message: bytes)
         assert error.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(at=st.integers(0, 200), byte=st.integers(0, 255))
 def test_a_damaged_byte_never_ends_in_an_internal_error(call: Call, at: int, byte: int) -> None:
     request = good()

@@ -72,7 +72,7 @@ def any_bucket(server: Server) -> Iterator[Bench]:
         yield Bench(client)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(calls=calls)
 def test_within_one_executable_scores_are_equal_to_the_bit(same_executable: Bench, calls: list[Call]) -> None:
     for call, scores in zip(calls, same_executable.together(calls), strict=True):
@@ -90,7 +90,7 @@ def test_the_property_saw_batches_and_splits(same_executable: Bench, one_bucket:
     assert one_bucket.metric("flame_batches_total") - before >= 2
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(calls=calls)
 def test_across_buckets_probabilities_agree_within_1e_5(
     any_bucket: Bench, same_executable: Bench, calls: list[Call]

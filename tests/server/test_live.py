@@ -21,6 +21,7 @@ from flame_jax.config import Config, ServerConfig
 from flame_jax.fke.engine import Engine
 from flame_jax.fke.repository import Repository, Version
 from flame_jax.pda.lmdb_store import LmdbStore
+from flame_jax.pda.query import FeatureQuery
 from flame_jax.server.errors import Fault
 from flame_jax.server.live import LiveModel, Loader, LoadError
 from flame_jax.server.metrics import Metrics
@@ -87,7 +88,7 @@ class Desk:
             model="climber",
             models=self.models,
             config=CONFIG.server,
-            store=store,
+            query=FeatureQuery(store, CONFIG.cache),
             metrics=self.metrics,
             on_failed=self.reloader.failed,
         )

@@ -111,7 +111,7 @@ def test_a_named_version_is_served_by_that_version_while_it_is_live() -> None:
     run(["1", "2", "3"], test, version="1")
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(small=st.integers(1, STEPS), large=st.integers(1, STEPS))
 def test_a_share_is_kept_and_growing_it_moves_nobody_back(small: int, large: int) -> None:
     small, large = sorted((small, large))

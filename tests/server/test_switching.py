@@ -336,7 +336,7 @@ COMMANDS = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(commands=COMMANDS)
 def test_whatever_is_commanded_one_version_is_active_and_no_two_roles_share_a_model(commands: list[Any]) -> None:
     async def test(desk: Desk) -> None:

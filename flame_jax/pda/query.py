@@ -1,0 +1,148 @@
+"""The feature query: what a request needs, from the cache and the store."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine, Iterable
+from typing import Any
+
+import numpy as np
+
+from flame_jax.config import CacheConfig
+from flame_jax.pda.cache import ItemCache, Lookup
+from flame_jax.pda.records import CorruptRecord
+from flame_jax.pda.store import Fetched, Store, StoreError
+
+log = logging.getLogger(__name__)
+
+REFRESH = 1024
+"""Items that the background asks for at once."""
+WAITING = 65536
+"""Items that wait to be asked for in the background at most; more are left to later calls."""
+
+
+class FeatureQuery:
+    """Asks a store, through a cache of items if there is one (FLAME, Proximal Data Accelerator).
+
+    Every question to the store is a task of its own, which no caller's end cancels: answers are never left unread, and
+    others may be waiting for the same items.
+    """
+
+    def __init__(self, store: Store, config: CacheConfig) -> None:
+        self._store, self._mode = store, config.mode
+        self.cache = ItemCache(store.description.schema, config) if config.mode != "off" else None
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._flights: dict[int, asyncio.Task[tuple[np.ndarray, Fetched]]] = {}
+        self._waiting: dict[int, None] = {}
+        self._refreshing = False
+        self.refreshed = 0
+
+    async def fetch(self, user: str, candidates: np.ndarray) -> Fetched:
+        """Features of a user and of int64[C] candidates, which may repeat.
+
+        Raises:
+            StoreError: the store doesn't answer, and its answer is waited for.
+            CorruptRecord: a value is damaged or belongs to another key.
+        """
+        ids, place = np.unique(candidates, return_inverse=True)
+        if self.cache is None:
+            _, fetched = await self._ask(user, ids)
+            return Fetched(fetched.user, fetched.items[place], fetched.found[place])
+        held = self.cache.lookup(ids)
+        if self._mode == "sync":
+            return await self._waited(user, ids, place, held)
+        return await self._at_once(user, ids, place, held)
+
+    async def _waited(self, user: str, ids: np.ndarray, place: np.ndarray, held: Lookup) -> Fetched:
+        """What is missing or too old comes with the user, or with whatever another call has asked for already."""
+        lacking = ids[~held.fresh]
+        flying = [task for item in lacking.tolist() if (task := self._flights.get(item)) is not None]
+        asked = lacking
+        if flying:
+            asked = np.array([item for item in lacking.tolist() if item not in self._flights], np.int64)
+        own = self._ask(user, asked)
+        answers = await asyncio.gather(own, *map(asyncio.shield, dict.fromkeys(flying)))
+        rows, found = held.rows, held.found
+        if len(lacking):
+            rows, found = rows.copy(), found.copy()
+            for theirs, fetched in answers:
+                common = np.isin(theirs, lacking, assume_unique=True)
+                at = np.searchsorted(ids, theirs[common])
+                rows[at], found[at] = fetched.items[common], fetched.found[common]
+        return Fetched(answers[0][1].user, rows[place], found[place])
+
+    async def _at_once(self, user: str, ids: np.ndarray, place: np.ndarray, held: Lookup) -> Fetched:
+        """What there is; the rest is asked for in the background."""
+        if not held.fresh.all():
+            self._refresh(ids[~held.fresh].tolist())
+        record, lost = None, False
+        try:
+            _, fetched = await self._ask(user, ids[:0])
+            record = fetched.user
+        except StoreError as error:
+            log.debug("scored without the user's record: %s", error)
+            lost = True
+        degraded = lost or not bool(held.fresh.all())
+        return Fetched(record, held.rows[place], held.found[place], lost, degraded)
+
+    def _ask(self, user: str | None, ids: np.ndarray) -> asyncio.Future[tuple[np.ndarray, Fetched]]:
+        task = self._start(self._load(user, ids))
+        if self.cache is not None and not task.done():
+            for item in ids.tolist():
+                self._flights[item] = task
+            task.add_done_callback(lambda done: self._landed(done, ids))
+        return asyncio.shield(task)
+
+    def _landed(self, task: asyncio.Task[tuple[np.ndarray, Fetched]], ids: np.ndarray) -> None:
+        for item in ids.tolist():
+            if self._flights.get(item) is task:
+                del self._flights[item]
+
+    async def _load(self, user: str | None, ids: np.ndarray) -> tuple[np.ndarray, Fetched]:
+        fetched = await self._store.fetch(user, ids)
+        if self.cache is not None and len(ids):
+            self.cache.put(ids, fetched.items, fetched.found)
+        return ids, fetched
+
+    def _refresh(self, items: Iterable[int]) -> None:
+        room = WAITING - len(self._waiting)
+        for item in items:
+            if item not in self._flights and room > 0:
+                self._waiting[item] = None
+                room -= 1
+        if self._waiting and not self._refreshing:
+            self._start(self._background())
+
+    async def _background(self) -> None:
+        self._refreshing = True
+        try:
+            while self._waiting:
+                wanted = [self._waiting.popitem()[0] for _ in range(min(REFRESH, len(self._waiting)))]
+                await self._ask(None, np.sort(np.array(wanted, np.int64)))
+                self.refreshed += len(wanted)
+        except StoreError as error:
+            log.debug("items are not refreshed: %s", error)
+            self._waiting.clear()  # whoever needs them still will say so again
+        except CorruptRecord:
+            log.exception("the store holds a damaged record")
+        finally:
+            self._refreshing = False
+
+    def _start[T](self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.Task(work, loop=asyncio.get_running_loop(), eager_start=True)
+        if not task.done():
+            self._tasks.add(task)
+            task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # nobody may be left to ask for it
+
+    async def aclose(self) -> None:
+        """Wait for what is under way, and release the store."""
+        self._waiting.clear()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._store.aclose()

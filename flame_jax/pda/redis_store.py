@@ -1,0 +1,199 @@
+"""The networked store: a server that speaks the Redis protocol, read in one round trip a request."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Awaitable
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+import numpy as np
+
+from flame_jax.config import StoreConfig
+from flame_jax.pda.records import decode_items, decode_user, item_dtype, join_rows, user_dtype
+from flame_jax.pda.store import Description, Fetched, StoreError, redacted
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
+log = logging.getLogger(__name__)
+
+TRIES = 5
+"""Calls in a row that fail until the store counts as down."""
+CONNECT_SECONDS = 5.0
+"""For the first answer, when a store is opened."""
+FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0
+"""Seconds until one call is let through to a store that is down, doubled from time to time."""
+
+
+class Keys(NamedTuple):
+    """Names of values: a prefix, a letter for the kind, and the user's key in UTF-8 or the item's id in 8 bytes."""
+
+    prefix: str
+
+    def of(self, kind: str, key: bytes) -> bytes:
+        """Of a user's record (`u`), an item's (`i`) or its title (`t`)."""
+        return f"{self.prefix}:{kind}:".encode() + key
+
+    def items(self, ids: np.ndarray) -> list[bytes]:
+        """Of int64[n] items' records."""
+        head = np.frombuffer(self.of("i", b""), np.uint8)
+        names = np.empty((len(ids), len(head) + 8), np.uint8)
+        names[:, : len(head)] = head
+        names[:, len(head) :] = np.ascontiguousarray(ids, "<i8").view(np.uint8).reshape(-1, 8)
+        found: list[bytes] = names.view(f"V{names.shape[1]}").ravel().tolist()
+        return found
+
+    @property
+    def description(self) -> bytes:
+        """Of the description."""
+        return f"{self.prefix}:description".encode()
+
+    @property
+    def mark(self) -> bytes:
+        """Of how far a copy has come that is not finished."""
+        return f"{self.prefix}:loading".encode()
+
+
+class Gate:
+    """Tells calls at once that the store is down, but for one in a while that finds out.
+
+    One call that fails says little; several in a row close the gate, and any success opens it. Both are logged, and
+    nothing in between.
+    """
+
+    def __init__(self, store: str) -> None:
+        self._store = store
+        self._failures = 0
+        self._open_at = 0.0
+
+    def enter(self) -> None:
+        """Raise StoreError while the store counts as down."""
+        if self._failures < TRIES:
+            return
+        now = time.monotonic()
+        if now < self._open_at:
+            raise StoreError(f"store {self._store} is down")
+        self._open_at = now + self._pause()
+
+    def succeeded(self) -> None:
+        """A call was answered."""
+        if self._failures >= TRIES:
+            log.warning("store %s answers again", self._store)
+        self._failures = 0
+
+    def failed(self, error: StoreError) -> None:
+        """A call was not."""
+        self._failures += 1
+        if self._failures == TRIES:
+            self._open_at = time.monotonic() + self._pause()
+            log.error("%s; it counts as down until it answers", error)
+
+    def _pause(self) -> float:
+        longest = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(self._failures - TRIES, 10))
+        return longest * random.uniform(0.5, 1.0)
+
+
+class RedisStore:
+    """Reads a store that `flame_jax.data load` has filled. Made by `open`, in the event loop that uses it."""
+
+    def __init__(self, client: Redis, name: str, config: StoreConfig, description: Description) -> None:
+        self.name, self.description = name, description
+        self._client, self._keys = client, Keys(config.prefix)
+        self._seconds = config.timeout_ms / 1e3
+        self._gate = Gate(name)
+        schema = description.schema
+        self._user_dtype, self._item_dtype = user_dtype(schema), item_dtype(schema)
+        self._features = schema.stored_item_features
+
+    @classmethod
+    async def open(cls, config: StoreConfig) -> Self:
+        """Connect and read the description.
+
+        Raises:
+            StoreError: redis-py is not installed, the server doesn't answer, or holds no finished store.
+        """
+        client, name = connect(config), redacted(config.url)
+        try:
+            blob = await _answer(client.get(Keys(config.prefix).description), CONNECT_SECONDS, name)
+            return cls(client, name, config, Description.parse(blob, name))
+        except BaseException:
+            await client.aclose()
+            raise
+
+    async def fetch(self, user: str | None, item_ids: np.ndarray) -> Fetched:
+        """See `Store.fetch`."""
+        self._gate.enter()
+        names = self._keys.items(item_ids)
+        if user is not None:
+            names.append(self._keys.of("u", user.encode()))
+        try:
+            values = await _answer(self._client.mget(names), self._seconds, self.name) if names else []
+        except StoreError as error:
+            self._gate.failed(error)
+            raise
+        self._gate.succeeded()
+        blob = values.pop() if user is not None else None
+        record = None if blob is None or user is None else decode_user(user, blob, self._user_dtype)
+        rows = join_rows([value for value in values if value is not None], self._item_dtype, self._features)
+        return Fetched(record, *decode_items(item_ids, rows, self._features))
+
+    async def aclose(self) -> None:
+        """See `Store.aclose`."""
+        await self._client.aclose()
+
+
+def connect(config: StoreConfig) -> Redis:
+    """A client with a bounded pool; nothing is sent yet.
+
+    Raises:
+        StoreError: redis-py is not installed, or the URL is none.
+    """
+    given = options(config.url, CONNECT_SECONDS)
+    from redis.asyncio import BlockingConnectionPool, Redis
+    from redis.asyncio.retry import Retry
+    from redis.backoff import NoBackoff
+    from redis.exceptions import ConnectionError as Broken
+
+    # Once: a connection of the pool may have died since it was used last.
+    retry = Retry(NoBackoff(), 1, supported_errors=(Broken,))
+    seconds = config.timeout_ms / 1e3
+    pool = BlockingConnectionPool.from_url(
+        config.url, max_connections=config.connections, timeout=seconds, retry=retry, **given
+    )
+    return Redis.from_pool(pool)  # and closes it
+
+
+def options(url: str, seconds: float) -> dict[str, Any]:
+    """What every client gets.
+
+    Args:
+        seconds: to connect, and for an answer if nobody else waits shorter.
+
+    Raises:
+        StoreError: redis-py is not installed, or the URL is none.
+    """
+    try:
+        from redis import ConnectionPool
+    except ImportError:
+        raise StoreError("a store at a URL needs redis-py: pip install 'flame-jax[redis]'") from None
+    try:
+        ConnectionPool.from_url(url)
+    except ValueError as error:
+        raise StoreError(f"store.url {redacted(url)}: {error}") from None
+    return {"socket_connect_timeout": seconds, "socket_timeout": seconds}
+
+
+async def _answer(call: Awaitable[Any], seconds: float, name: str) -> Any:
+    """Bytes, or a list of them. Raises StoreError: no answer in time, or an error for one."""
+    from redis.exceptions import RedisError
+
+    try:
+        async with asyncio.timeout(seconds):
+            return await call
+    except TimeoutError:
+        raise StoreError(f"store {name} does not answer within {seconds * 1e3:g} ms") from None
+    except (RedisError, OSError) as error:
+        raise StoreError(f"store {name}: {error}") from error
