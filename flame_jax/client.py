@@ -19,7 +19,7 @@ import numpy as np
 
 from flame_jax import model_control
 from flame_jax.commandline import refuse
-from flame_jax.config import StoreConfig
+from flame_jax.feature_config import StoreConfig
 from flame_jax.pda.lmdb_store import LmdbStore
 from flame_jax.pda.records import CorruptRecord
 from flame_jax.pda.store import StoreError, usable_key

@@ -5,118 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from flame_jax.feature_config import CacheConfig, DataConfig, StoreConfig, at_least
 from flame_jax.packing import Layout
 from flame_jax.schema import FeatureSchema
 
 SMALLEST_SHARE = 0.0001
 """Of users, that a split between two versions tells apart."""
-
-
-def _at_least(least: int, section: str, config: object, *names: str) -> None:
-    for name in names:
-        if not getattr(config, name) >= least:  # so that NaN fails too
-            raise ValueError(f"{section}.{name} must be at least {least}, not {getattr(config, name)}")
-
-
-@dataclass(frozen=True)
-class StoreConfig:
-    """Where features are read from.
-
-    Attributes:
-        path: folder of the LMDB store, which training reads, and the server too if there is no url.
-        url: a server that speaks the Redis protocol: redis://HOST:PORT/DB, rediss:// with TLS (its query may name
-            ssl_ca_certs, ssl_certfile and ssl_keyfile), or unix:///PATH. It may hold a user and a password, which are
-            never logged; FLAME_STORE__URL keeps them out of files.
-        prefix: how the names of its keys begin.
-        timeout_ms: how long a server may take to answer.
-        connections: to a server at most; calls beyond wait for one.
-    """
-
-    path: str = "runs/demo/store"
-    url: str = ""
-    prefix: str = "flame"
-    timeout_ms: float = 20.0
-    connections: int = 16
-
-    def __post_init__(self) -> None:
-        _at_least(1, "store", self, "connections")
-        if not self.timeout_ms > 0:
-            raise ValueError(f"store.timeout_ms must be positive, not {self.timeout_ms}")
-
-
-@dataclass(frozen=True)
-class CacheConfig:
-    """Items' features, kept in the server's memory; users' are not, since few come back soon.
-
-    Attributes:
-        mode: `off`: every call asks the store; `sync`: what is missing or too old is waited for; `async`: what is too
-            old is used and asked for again, what is missing counts as unknown and is asked for, and calls are
-            answered without the store when it fails.
-        mib: memory for features at most, in MiB.
-        ttl_seconds: age at which an entry is too old; each one's is up to a tenth shorter, by chance.
-        absent_ttl_seconds: the same of items that the store does not have.
-    """
-
-    mode: Literal["off", "sync", "async"] = "off"
-    mib: int = 256
-    ttl_seconds: float = 60.0
-    absent_ttl_seconds: float = 10.0
-
-    def __post_init__(self) -> None:
-        _at_least(1, "cache", self, "mib")
-        for name in ("ttl_seconds", "absent_ttl_seconds"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"cache.{name} must be positive, not {getattr(self, name)}")
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """What is imported into the store: a log of events, and what its columns mean.
-
-    Attributes:
-        name: what the store says it holds.
-        events: the log: a Parquet or CSV file (.parquet, .csv, .csv.gz), or a folder of parts, read by name.
-        items: a table of items, likewise; when empty, an item's features are columns of the log and its newest
-            event's values count.
-        users: a table of users, likewise; when empty, as with items.
-        user_column: a user's key, in the log and in users: strings or integers.
-        item_column: an item's id, in the log and in items: integers, or strings that are hashed to int64.
-        time_column: an event's time: integers or floats in time_unit, timestamps (UTC without a zone) or dates.
-        action_column: an event's action; when empty, every event has action 0.
-        actions: values of action_column in the order of the schema's actions; when empty, the column holds
-            integers in [0, schema.actions).
-        title_column: an item's display title, where its features are; when empty, items have none, or the
-            strings that their ids were.
-        columns: column of a feature whose name differs; `item.NAME` or `user.NAME` where both have the feature.
-        time_unit: unit of times that are numbers.
-        unsorted: what to do when a user's events go back in time from row to row: refuse the log, or sort them.
-    """
-
-    name: str = "log"
-    events: str = ""
-    items: str = ""
-    users: str = ""
-    user_column: str = "user"
-    item_column: str = "item"
-    time_column: str = "timestamp"
-    action_column: str = ""
-    actions: tuple[str | int | float, ...] = ()
-    title_column: str = ""
-    columns: dict[str, str] = field(default_factory=dict)
-    time_unit: Literal["s", "ms", "us", "ns"] = "s"
-    unsorted: Literal["refuse", "sort"] = "refuse"
-
-    def __post_init__(self) -> None:
-        for name in ("name", "user_column", "item_column", "time_column"):
-            if not getattr(self, name):
-                raise ValueError(f"data.{name} is empty")
-        if not all(self.columns.values()):
-            raise ValueError("data.columns names an empty column")
-        if self.actions and not self.action_column:
-            raise ValueError("data.actions are values of data.action_column, which is empty")
-        text = any(isinstance(action, str) for action in self.actions)
-        if len({str(action) if text else action for action in self.actions}) != len(self.actions):
-            raise ValueError(f"data.actions must be distinct, not {list(self.actions)}")
 
 
 @dataclass(frozen=True)
@@ -134,7 +28,7 @@ class HeadConfig:
     tower_hidden: int = 32
 
     def __post_init__(self) -> None:
-        _at_least(1, "model.head", self, "experts", "expert_hidden", "tower_hidden")
+        at_least(1, "model.head", self, "experts", "expert_hidden", "tower_hidden")
 
 
 @dataclass(frozen=True)
@@ -153,7 +47,7 @@ class ClimberConfig:
     adaptive: bool = True
 
     def __post_init__(self) -> None:
-        _at_least(1, "model.climber", self, "gate_reduction")
+        at_least(1, "model.climber", self, "gate_reduction")
 
 
 @dataclass(frozen=True)
@@ -177,8 +71,8 @@ class HstuConfig:
     bias_buckets: int = 129
 
     def __post_init__(self) -> None:
-        _at_least(1, "model.hstu", self, "value_dim", "bias_positions", "bias_buckets")
-        _at_least(0, "model.hstu", self, "time_rows")
+        at_least(1, "model.hstu", self, "value_dim", "bias_positions", "bias_buckets")
+        at_least(0, "model.hstu", self, "time_rows")
         if not self.attention_divisor > 0:
             raise ValueError(f"model.hstu.attention_divisor must be positive, not {self.attention_divisor}")
 
@@ -218,8 +112,8 @@ class ModelConfig:
     hstu: HstuConfig = HstuConfig()
 
     def __post_init__(self) -> None:
-        _at_least(1, "model", self, "width", "layers", "heads", "head_dim", "ffn")
-        _at_least(0, "model", self, "position_rows")
+        at_least(1, "model", self, "width", "layers", "heads", "head_dim", "ffn")
+        at_least(0, "model", self, "position_rows")
         if not self.name:
             raise ValueError("model.name is empty")
         if self.item_table == "host" and self.table_dtype == "bfloat16" and self.width % 2:
@@ -292,8 +186,8 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _at_least(1, "train", self, "epochs", "tokens", "candidates", "chunk", "tiles_at_once", "negative_period")
-        _at_least(0, "train", self, "learning_rate", "weight_decay", "min_history", "seed", "negatives")
+        at_least(1, "train", self, "epochs", "tokens", "candidates", "chunk", "tiles_at_once", "negative_period")
+        at_least(0, "train", self, "learning_rate", "weight_decay", "min_history", "seed", "negatives")
         for name in ("dropout", "unknown_rate"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"train.{name} must lie in [0, 1), not {getattr(self, name)}")
@@ -330,7 +224,7 @@ class ExportConfig:
     kernels: Literal["auto", "xla", "mosaic"] = "auto"
 
     def __post_init__(self) -> None:
-        _at_least(0, "export", self, "jobs")
+        at_least(0, "export", self, "jobs")
         if not self.version:
             raise ValueError("export.version is empty")
 
@@ -348,7 +242,7 @@ class DispatchConfig:
     max_queue: int = 1024
 
     def __post_init__(self) -> None:
-        _at_least(1, "dispatch", self, "executors", "max_queue")
+        at_least(1, "dispatch", self, "executors", "max_queue")
 
 
 @dataclass(frozen=True)
@@ -404,9 +298,9 @@ class ServerConfig:
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
     def __post_init__(self) -> None:
-        _at_least(-1, "server", self, "admin_port")
-        _at_least(0, "server", self, "port", "metrics_port", "drain_seconds", "poll_seconds", "rollback_seconds")
-        _at_least(1, "server", self, "max_candidates", "max_message_mib", "max_in_flight", "default_timeout_ms")
+        at_least(-1, "server", self, "admin_port")
+        at_least(0, "server", self, "port", "metrics_port", "drain_seconds", "poll_seconds", "rollback_seconds")
+        at_least(1, "server", self, "max_candidates", "max_message_mib", "max_in_flight", "default_timeout_ms")
         # gRPC keeps message sizes in a C int of bytes.
         ports = {"port": 65535, "metrics_port": 65535, "admin_port": 65535}
         for name, most in (ports | {"max_message_mib": 2047}).items():

@@ -22,7 +22,8 @@ from flax import nnx
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from flame_jax import train
-from flame_jax.config import Config, ExportConfig, HeadConfig, ModelConfig, StoreConfig, TrainConfig
+from flame_jax.config import Config, ExportConfig, HeadConfig, ModelConfig, TrainConfig
+from flame_jax.feature_config import StoreConfig
 from flame_jax.fke.artifact import Artifact
 from flame_jax.fke.build import Builder, build
 from flame_jax.fke.compile import lower_program

@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from contextlib import closing
 
 from flame_jax.commandline import load, refuse
-from flame_jax.config import Config, DataConfig, StoreConfig
+from flame_jax.config import Config
 from flame_jax.data.errors import DataError, require_pyarrow
 from flame_jax.data.known import DATASETS
+from flame_jax.feature_config import DataConfig, StoreConfig
 from flame_jax.pda.lmdb_store import LmdbStore
 from flame_jax.pda.store import StoreError, redacted
 

@@ -10,8 +10,8 @@ import importlib.metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flame_jax.config import DataConfig
 from flame_jax.data.errors import DataError, require_pyarrow
+from flame_jax.feature_config import DataConfig
 from flame_jax.schema import Feature, FeatureSchema
 
 if TYPE_CHECKING:  # pyarrow is of the extra `data`

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 from tqdm import tqdm
 
-from flame_jax.config import StoreConfig
+from flame_jax.feature_config import StoreConfig
 from flame_jax.pda.lmdb_store import LmdbStore
 from flame_jax.pda.redis_store import Keys, options
 from flame_jax.pda.store import Description, StoreError, redacted

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from flame_jax.config import DataConfig
 from flame_jax.data.errors import DataError
+from flame_jax.feature_config import DataConfig
 from flame_jax.schema import Feature, FeatureSchema
 
 

@@ -15,11 +15,11 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from flame_jax.config import DataConfig
 from flame_jax.data import values
 from flame_jax.data.columns import Column
 from flame_jax.data.errors import DataError
 from flame_jax.data.plan import Plan, make_plan, require
+from flame_jax.feature_config import DataConfig
 from flame_jax.pda.lmdb_store import LmdbWriter
 from flame_jax.pda.records import item_dtype, user_dtype
 from flame_jax.request import History

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import cachebox
 import numpy as np
 
-from flame_jax.config import CacheConfig
+from flame_jax.feature_config import CacheConfig
 from flame_jax.pda.records import item_dtype
 from flame_jax.schema import FeatureSchema, default_rows
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flame_jax.config import StoreConfig
+from flame_jax.feature_config import StoreConfig
 from flame_jax.pda.lmdb_store import LmdbStore
 from flame_jax.pda.store import Store
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from flame_jax.config import CacheConfig
+from flame_jax.feature_config import CacheConfig
 from flame_jax.pda.cache import ItemCache, Lookup
 from flame_jax.pda.records import CorruptRecord
 from flame_jax.pda.store import Fetched, Store, StoreError

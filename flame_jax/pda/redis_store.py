@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 
-from flame_jax.config import StoreConfig
+from flame_jax.feature_config import StoreConfig
 from flame_jax.pda.records import decode_items, decode_user, item_dtype, join_rows, user_dtype
 from flame_jax.pda.store import Description, Fetched, StoreError, redacted
 

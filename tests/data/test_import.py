@@ -16,9 +16,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flame_jax.config import DataConfig
 from flame_jax.data.__main__ import main
 from flame_jax.data.tables import Counts, import_tables
+from flame_jax.feature_config import DataConfig
 from flame_jax.pda.lmdb_store import LmdbStore
 from flame_jax.schema import NO_KEY, Feature, FeatureSchema
 from tests.data.logs import Columns, User, grouped, read, run, write

@@ -8,8 +8,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from flame_jax.config import DataConfig
 from flame_jax.data import keys
+from flame_jax.feature_config import DataConfig
 from flame_jax.pda.lmdb_store import LmdbStore
 from flame_jax.schema import Feature, FeatureSchema
 from tests.data.logs import run, write

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flame_jax.config import CacheConfig
+from flame_jax.feature_config import CacheConfig
 from flame_jax.pda.cache import JITTER, OVERHEAD, ItemCache
 from flame_jax.pda.records import item_dtype
 from tests.pda.stored import SCHEMA, ids

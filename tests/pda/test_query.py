@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 import numpy as np
 import pytest
 
-from flame_jax.config import CacheConfig
+from flame_jax.feature_config import CacheConfig
 from flame_jax.pda import query as module
 from flame_jax.pda.query import FeatureQuery
 from flame_jax.pda.records import CorruptRecord, UserRecord, feature_row, item_dtype

@@ -21,8 +21,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from flame_jax.config import CacheConfig, StoreConfig
 from flame_jax.data.load import load_store
+from flame_jax.feature_config import CacheConfig, StoreConfig
 from flame_jax.pda.lmdb_store import LmdbStore, LmdbWriter
 from flame_jax.pda.query import FeatureQuery
 from flame_jax.pda.records import CorruptRecord

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flame_jax.config import CacheConfig, StoreConfig
 from flame_jax.data.load import load_store
+from flame_jax.feature_config import CacheConfig, StoreConfig
 from flame_jax.pda.lmdb_store import LmdbStore
 from flame_jax.pda.open import open_store
 from flame_jax.pda.query import FeatureQuery

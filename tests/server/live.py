@@ -20,7 +20,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from flame_jax.config import Config, ExportConfig, HeadConfig, ModelConfig, StoreConfig
+from flame_jax.config import Config, ExportConfig, HeadConfig, ModelConfig
+from flame_jax.feature_config import StoreConfig
 from flame_jax.fke.build import Builder
 from flame_jax.fke.build import build as build_artifact
 from flame_jax.models.checkpoint import Checkpoint

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from flame_jax.client import RankingClient
-from flame_jax.config import StoreConfig
 from flame_jax.data.load import load_store
+from flame_jax.feature_config import StoreConfig
 from flame_jax.pda.lmdb_store import LmdbStore
 from tests.pda import servers
 from tests.server.live import ITEMS, Files, command, environment, serving

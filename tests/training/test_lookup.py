@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from flame_jax.config import Config, HeadConfig, ModelConfig, StoreConfig, TrainConfig
+from flame_jax.config import Config, HeadConfig, ModelConfig, TrainConfig
+from flame_jax.feature_config import StoreConfig
 from flame_jax.models.checkpoint import CheckpointError, load_checkpoint
 from flame_jax.models.registry import make_ranker
 from flame_jax.packing import Layout
