@@ -12,6 +12,45 @@ import numpy as np
 from flame_jax.schema import FeatureSchema
 
 UNKNOWN_ROW = 0
+SEARCHED = 1 << 16
+"""Keys that a search goes through in the processor's caches; for more there is an index."""
+_ODD = np.uint64(0x9E3779B97F4A7C15)
+"""2^64 over the golden ratio: products with it, modulo 2^64, are spread evenly and all differ."""
+
+
+class _Index:
+    """Finds a key's row in few places of memory, whatever the keys: by its product with a constant, not by itself.
+
+    Products are sorted; a table says where those begin that share their first bits, of which there is one or none as
+    a rule.
+
+    Args:
+        keys: int64[n], sorted and distinct.
+    """
+
+    def __init__(self, keys: np.ndarray) -> None:
+        mixed = keys.astype(np.uint64) * _ODD
+        order = np.argsort(mixed)
+        bits = int(keys.size).bit_length()
+        self._shift = np.uint64(64 - bits)
+        begins = np.searchsorted(mixed[order], np.arange(1 << bits, dtype=np.uint64) << self._shift)
+        self._begins = begins.astype(np.int32)
+        # Behind the last product stands the largest number, which is no key's unless its row is not 0.
+        self._mixed = np.append(mixed[order], np.iinfo(np.uint64).max)
+        self._rows = np.append(order + 1, UNKNOWN_ROW).astype(np.int32)
+
+    def rows(self, ids: np.ndarray) -> np.ndarray:
+        """See `Vocabulary.lookup`."""
+        wanted = ids.astype(np.uint64) * _ODD
+        at = self._begins.take((wanted >> self._shift).view(np.int64))
+        there = self._mixed.take(at)
+        smaller = np.flatnonzero(there < wanted)
+        while smaller.size:
+            at[smaller] += 1
+            following = self._mixed.take(at[smaller])
+            there[smaller] = following
+            smaller = smaller[following < wanted[smaller]]
+        return np.where(there == wanted, self._rows.take(at), UNKNOWN_ROW)
 
 
 class Vocabulary:
@@ -31,6 +70,8 @@ class Vocabulary:
         if keys.size > 2**31 - 2:
             raise ValueError(f"a vocabulary holds at most 2**31 - 2 ids, not {keys.size}")
         self.keys = keys
+        self._dense = bool(keys.size) and int(keys[-1] - keys[0]) == keys.size - 1
+        self._index = _Index(keys) if keys.size > SEARCHED and not self._dense else None
 
     @property
     def rows(self) -> int:
@@ -41,6 +82,11 @@ class Vocabulary:
         """int64[...] ids -> int32[...] rows; compared as 64-bit integers, unknown ids give row 0."""
         if not len(self.keys):
             return np.zeros(np.shape(ids), np.int32)
+        if self._dense:  # no search
+            known = (ids >= self.keys[0]) & (ids <= self.keys[-1])
+            return np.where(known, ids - (self.keys[0] - 1), UNKNOWN_ROW).astype(np.int32)
+        if self._index is not None:
+            return self._index.rows(ids.ravel()).reshape(ids.shape)
         at = np.minimum(np.searchsorted(self.keys, ids), len(self.keys) - 1)
         return np.where(self.keys[at] == ids, at + 1, UNKNOWN_ROW).astype(np.int32)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flame_jax.vocabulary import UNKNOWN_ROW, Vocabulary
@@ -39,7 +39,15 @@ def npz() -> bytes:
     return buffer.getvalue()
 
 
-@settings(max_examples=200)
+@pytest.fixture(params=["searched", "indexed"])
+def every_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small vocabularies are looked up in as large ones are, too."""
+    if request.param == "indexed":
+        monkeypatch.setattr("flame_jax.vocabulary.SEARCHED", 0)
+
+
+@pytest.mark.usefixtures("every_size")
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(VOCABULARIES, QUERIES)
 def test_lookup_agrees_with_a_dict_of_the_sorted_ids(ids: list[int], queries: list[int]) -> None:
     rows = {key: row for row, key in enumerate(sorted(ids), start=1)}
@@ -47,7 +55,31 @@ def test_lookup_agrees_with_a_dict_of_the_sorted_ids(ids: list[int], queries: li
     found = vocabulary.lookup(int64(queries + ids))
     assert found.dtype == np.int32
     assert found.tolist() == [rows.get(query, UNKNOWN_ROW) for query in queries + ids]
+    assert vocabulary.lookup(int64(queries + ids)[None]).tolist() == [found.tolist()]
     assert vocabulary.rows == len(ids) + 1
+
+
+@pytest.mark.usefixtures("every_size")
+@pytest.mark.parametrize("spread", [1, 2, 2**16, 2**43])
+def test_keys_in_a_row_and_keys_far_apart_are_found(spread: int) -> None:
+    keys = 7 + spread * np.arange(100_000)
+    vocabulary = Vocabulary(keys)
+    assert (vocabulary.lookup(keys) == np.arange(1, 100_001)).all()
+    assert (vocabulary.lookup(keys[-1] + 1 + np.arange(1000)) == UNKNOWN_ROW).all()
+    if spread > 1:
+        assert (vocabulary.lookup(keys + 1) == UNKNOWN_ROW).all()
+
+
+def test_the_key_whose_product_is_the_largest_number_is_found_and_its_absence_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("flame_jax.vocabulary.SEARCHED", 0)
+    last = -pow(0x9E3779B97F4A7C15, -1, 2**64) % 2**64
+    key = np.array([last], np.uint64).view(np.int64)
+    queries = np.concatenate([key, int64([3, 9])])
+    assert Vocabulary(int64([3, 9])).lookup(queries).tolist() == [UNKNOWN_ROW, 1, 2]
+    if key[0] >= 0:
+        assert Vocabulary(np.concatenate([key, int64([3])])).lookup(queries).tolist() == [2, 1, UNKNOWN_ROW]
 
 
 def test_an_id_is_not_mistaken_for_its_low_32_bits() -> None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
-from flame_jax.pda.records import feature_row
 from flame_jax.pda.store import Fetched
 from flame_jax.record import BlockEvents, RecordLayout
 from flame_jax.request import FeatureReport, History, RankRequest
 from flame_jax.schema import Feature, FeatureSchema, default_rows, feature_field, record_dtype
-from flame_jax.vocabulary import UNKNOWN_ROW, Vocabularies
+from flame_jax.vocabulary import Vocabularies, Vocabulary
 
 
 class Assembled(NamedTuple):
@@ -33,7 +33,16 @@ class Assembler:
         self._schema, self._vocabularies = schema, vocabularies
         self.layout = RecordLayout(schema, item_table)
         self._cold_user = default_rows(schema.user_features, record_dtype(schema.user_features), ())
-        self._selects = [np.isin(np.arange(schema.actions), b.actions or range(schema.actions)) for b in schema.blocks]
+        every = set(range(schema.actions))
+        self._selects = [
+            np.isin(np.arange(schema.actions), block.actions) if set(block.actions or every) != every else None
+            for block in schema.blocks
+        ]
+        travelling = [
+            (group, f, vocabularies.features.get(feature_field(group, f))) for group, f in schema.slot_features
+        ]
+        self._request_features = [each for each in travelling if each[0] != "item"]
+        self._item_features = [(f, known) for group, f, known in travelling if group == "item"]
 
     def assemble(self, request: RankRequest, fetched: Fetched) -> Assembled:
         """Build the record of one request.
@@ -43,62 +52,60 @@ class Assembler:
         """
         user = fetched.user
         history = request.history if request.history is not None else user.history if user else History.empty()
-        blocks, truncated = self._extract(history, request.request_time)
-        values = {
-            "user": user.features if user else self._cold_user,
-            "context": feature_row(self._schema.context_features, request.context),
-        }
-        words, item_columns = [], []
-        for group, feature in self._schema.slot_features:
-            if group != "item":
-                words.append(self._words(group, feature, values[group][feature.name]))
-            elif feature.source == "request":
-                item_columns.append(self._words(group, feature, self._sent(request, feature)))
-            else:
-                item_columns.append(self._words(group, feature, fetched.items[feature.name]))
-        candidates = self._vocabularies.items.lookup(request.candidates)
+        past = int(np.searchsorted(history.timestamps, request.request_time, side="right"))
+        chosen, truncated = self._choose(history.actions[:past])
+        # Blocks share events: from the first one that any of them reads on, all are looked up at once.
+        first = min(int(events[0]) for events in chosen if len(events)) if any(map(len, chosen)) else past
+        rows = self._vocabularies.items.lookup(np.concatenate([history.item_ids[first:past], request.candidates]))
+        candidates = rows[past - first :]
+        times = history.timestamps[first:past].astype(np.int32)
         record = self.layout.encode(
             scenario=request.scenario,
             request_time=request.request_time,
-            request_words=np.array(words, np.int32),
-            blocks=blocks,
+            request_words=self._request_words(user.features if user else self._cold_user, request.context),
+            blocks=[BlockEvents(rows[e - first], history.actions[e], times[e - first]) for e in chosen],
             candidates=candidates,
-            item_columns=item_columns,
+            item_columns=[self._column(feature, keys, request, fetched.items) for feature, keys in self._item_features],
         )
         report = FeatureReport(
             unknown_user=user is None and request.history is None and not fetched.user_lost,
             truncated_history=truncated,
-            unknown_items=int(np.count_nonzero(candidates == UNKNOWN_ROW)),
-            missing_items=int(np.count_nonzero(~fetched.found)),
+            unknown_items=len(candidates) - int(np.count_nonzero(candidates)),
+            missing_items=len(fetched.found) - int(np.count_nonzero(fetched.found)),
             degraded=fetched.degraded,
         )
         return Assembled(record, report)
 
-    def _words(self, group: str, feature: Feature, values: np.ndarray) -> np.ndarray:
-        """Stored values as the int32 words that travel: rows of ids, bits of floats."""
-        if feature.kind == "id":
-            return self._vocabularies.features[feature_field(group, feature)].lookup(values)
-        return values.view(np.int32)
-
-    def _sent(self, request: RankRequest, feature: Feature) -> np.ndarray:
-        """[C] of a feature that comes with the candidates, defaults when it was left out."""
-        sent = request.item_features.get(feature.name)
-        return np.full(len(request.candidates), feature.default, feature.stored_dtype) if sent is None else sent
-
-    def _extract(self, history: History, request_time: int) -> tuple[list[BlockEvents], bool]:
-        """Multi-scale sequence extraction: per block the newest events of its strategy."""
-        past = int(np.searchsorted(history.timestamps, request_time, side="right"))
-        actions = history.actions[:past]
-        length, truncated, blocks = self._schema.block_length, False, []
+    def _choose(self, actions: np.ndarray) -> tuple[list[np.ndarray], bool]:
+        """Multi-scale sequence extraction: per block the newest events of its strategy; whether any were left out."""
+        length, truncated, chosen = self._schema.block_length, False, []
         for select in self._selects:
-            chosen = np.flatnonzero(select[actions])
-            truncated |= len(chosen) > length
-            chosen = chosen[-length:]
-            blocks.append(
-                BlockEvents(
-                    self._vocabularies.items.lookup(history.item_ids[chosen]),
-                    actions[chosen],
-                    history.timestamps[chosen].astype(np.int32),
-                )
-            )
-        return blocks, truncated
+            if select is None:
+                events = np.arange(max(0, len(actions) - length), len(actions))
+                truncated |= len(actions) > length
+            else:
+                events = np.flatnonzero(select[actions])
+                truncated |= len(events) > length
+                events = events[-length:]
+            chosen.append(events)
+        return chosen, truncated
+
+    def _request_words(self, user: np.ndarray, context: Mapping[str, int | float]) -> np.ndarray:
+        """int32[features of the user and the context]: rows of ids, bits of floats."""
+        words = np.empty(len(self._request_features), np.int32)
+        for at, (group, feature, keys) in enumerate(self._request_features):
+            value = user[feature.name] if group == "user" else context.get(feature.name, feature.default)
+            if feature.kind == "numeric":
+                words.view(np.float32)[at] = value
+            else:
+                words[at] = value if keys is None else keys.lookup(np.array([value]))[0]
+        return words
+
+    def _column(
+        self, feature: Feature, keys: Vocabulary | None, request: RankRequest, stored: np.ndarray
+    ) -> np.ndarray:
+        """int32[C] of an item feature: rows of ids, bits of floats; defaults where it was not sent."""
+        values = stored[feature.name] if feature.source != "request" else request.item_features.get(feature.name)
+        if values is None:
+            values = np.full(len(request.candidates), feature.default, feature.stored_dtype)
+        return values.view(np.int32) if keys is None else keys.lookup(values)
