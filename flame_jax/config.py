@@ -272,6 +272,8 @@ class ServerConfig:
             scoring them cold.
         drain_seconds: after SIGTERM, how long accepted calls may take to finish.
         traffic_classes: names a request may carry; the first is the default.
+        cores: processor cores to stay on, such as 0-7,16; `auto`: those of the NUMA node that the GPU is attached to,
+            where there are several; `all`.
         log_level: level of the log on stderr.
     """
 
@@ -295,6 +297,7 @@ class ServerConfig:
     strict_ids: bool = False
     drain_seconds: float = 30.0
     traffic_classes: tuple[str, ...] = ("default", "critical", "batch")
+    cores: str = "auto"
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
     def __post_init__(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import json
 import logging
 import os
@@ -22,6 +23,7 @@ from flame_jax.config import Config, ServerConfig
 from flame_jax.fke.compile import CompileCounter
 from flame_jax.fke.repository import Repository, RepositoryError, SingleArtifact, Source
 from flame_jax.fke.signing import KeyFileError, TrustedKeys
+from flame_jax.pda import affinity
 from flame_jax.pda.open import open_store
 from flame_jax.pda.query import FeatureQuery
 from flame_jax.pda.store import Store, StoreError, redacted
@@ -47,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         level=config.server.log_level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     try:
+        _bind_cores(config.server)
         status = uvloop.run(serve(config))
     except (StartError, LoadError, StoreError, RepositoryError, KeyFileError) as error:
         refuse(PROG, str(error), status=1)
@@ -55,6 +58,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         logging.shutdown()
         os._exit(status)
     raise SystemExit(status)
+
+
+def _bind_cores(settings: ServerConfig) -> None:
+    """Before any thread is started that should stay there, too."""
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    uses_gpu = not platforms or "cuda" in platforms
+    try:
+        binding = affinity.choose(settings.cores, affinity.first_gpu() if uses_gpu else None)
+    except ValueError as error:
+        raise StartError(str(error)) from error
+    affinity.bind(binding)
+    log.info("%s", binding.reason)
 
 
 async def serve(config: Config) -> int:
@@ -93,6 +108,9 @@ async def serve(config: Config) -> int:
     if admin is not None:
         await open_port(admin, CONTROL, ModelControl(models, reloader).handler())
     watching = asyncio.create_task(reloader.watch()) if settings.models_dir and settings.poll_seconds else None
+    # What is there now stays: the collector need not go through it while calls are answered.
+    gc.collect()
+    gc.freeze()
     print(
         f"READY grpc={address(settings.host, port)} metrics={address(settings.host, metrics_port)} "
         f"admin={'off' if admin is None else address(settings.admin_host, admin_port)} "

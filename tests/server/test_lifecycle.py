@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import socket
@@ -230,3 +231,29 @@ def test_sigterm_finishes_accepted_calls_and_refuses_new_ones(files: Files, tmp_
         assert set(outcomes) <= {"OK", "OK after", "UNAVAILABLE"}
         assert outcomes.count("UNAVAILABLE") == 12
         assert "OK after" in outcomes
+
+
+def test_every_thread_stays_on_the_cores_that_are_named(files: Files, tmp_path: Path) -> None:
+    (core, *_) = sorted(os.sched_getaffinity(0))
+    with serving(files, tmp_path / "server.log", "--server.cores", str(core)) as server:
+        with RankingClient(server.target) as client:
+            client.rank("u1", ITEMS[:9])
+        tasks = list(Path(f"/proc/{server.process.pid}/task").iterdir())
+        assert len(tasks) > 4
+        for task in tasks:
+            status = (task / "status").read_text()
+            assert f"Cpus_allowed_list:\t{core}\n" in status
+    assert f"cores {core}, as told" in (tmp_path / "server.log").read_text()
+
+
+def test_cores_that_are_not_there_are_refused(files: Files) -> None:
+    done = subprocess.run(
+        command(*files.flags(), "--server.cores", "100000"),
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert "server.cores 100000 names no core" in done.stderr
+    assert "Traceback" not in done.stderr
