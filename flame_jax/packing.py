@@ -95,15 +95,14 @@ def place(extents: Sequence[Extent], bucket: Bucket, layout: Layout) -> list[Pla
     Raises:
         ValueError: the pieces do not fit `bucket`.
     """
-    if not fits(extents, bucket, layout):
-        raise ValueError(f"{len(extents)} pieces do not fit bucket {bucket}: {list(extents)}")
     left, right = 0, bucket.tokens
     places = []
-    for extent in extents:
-        history, candidates = layout.aligned_extent(extent)
-        right -= candidates
+    for history, candidates in extents:
+        right -= layout.aligned(candidates)
         places.append(Place(left, right))
-        left += history
+        left += layout.aligned(history)
+    if left > right or bucket.tokens - right > bucket.candidates or len(extents) > layout.max_requests:
+        raise ValueError(f"{len(extents)} pieces do not fit bucket {bucket}: {list(extents)}")
     return places
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flame_jax.packing import HISTORY_LENGTH, Bucket, Extent, Layout, Place, place
+from flame_jax.packing import Bucket, Extent, Layout, Place, place
 from flame_jax.schema import FeatureSchema, feature_field
 
 NOTHING = -1
@@ -86,7 +86,8 @@ class RecordLayout:
 
     def extent(self, record: np.ndarray) -> Extent:
         """Rows the whole request takes."""
-        return Extent(int(record[_LENGTHS : self._head].max()) * self._stride, int(record[_COUNT]))
+        count, _, _, *lengths = record[: self._head].tolist()
+        return Extent(max(lengths) * self._stride, count)
 
     def piece_extent(self, piece: Piece) -> Extent:
         """Rows a piece takes."""
@@ -132,14 +133,15 @@ class RecordLayout:
             place: where the piece lies on the token axis.
         """
         item, action, time = slot["item"], slot["action"], slot["time"]
-        lengths, count = record[_LENGTHS : self._head], int(record[_COUNT])
-        slot["rows"][row, :HISTORY_LENGTH] = (*place, high - low, record[_SCENARIO], record[_TIME])
-        slot["rows"][row, HISTORY_LENGTH:] = lengths * self._stride
-        for name, word in zip(self._request_fields, record[self._head : self._body], strict=True):
+        count, scenario, now, *rest = record[: self._body].tolist()  # plain numbers are faster one by one
+        lengths, words = rest[: self.blocks], rest[self.blocks :]
+        own_lengths = [length * self._stride for length in lengths]
+        slot["rows"][row] = (*place, high - low, scenario, now, *own_lengths)
+        for name, word in zip(self._request_fields, words, strict=True):
             slot[name].view(np.int32)[row] = word
 
         at = self._body
-        for block, length in enumerate(lengths.tolist()):
+        for block, length in enumerate(lengths):
             items, actions, times = record[at : at + 3 * length].reshape(3, length)
             at += 3 * length
             rows = slice(place.history_start, place.history_start + length * self._stride)
@@ -157,7 +159,7 @@ class RecordLayout:
         rows = slice(place.candidate_start, place.candidate_start + high - low)
         item[:, rows] = record[at + low : at + high]
         action[:, rows] = self.candidate_action
-        time[:, rows] = record[_TIME]
+        time[:, rows] = now
         if self._item_table is not None:
             slot["embedding"][:, rows] = self._item_table[record[at + low : at + high]]
         for name in self._item_fields:

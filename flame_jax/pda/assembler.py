@@ -13,6 +13,9 @@ from flame_jax.request import FeatureReport, History, RankRequest
 from flame_jax.schema import Feature, FeatureSchema, default_rows, feature_field, record_dtype
 from flame_jax.vocabulary import Vocabularies, Vocabulary
 
+_Events = slice | np.ndarray
+"""Numbers of events, rising: of all from one on, or int64[n]."""
+
 
 class Assembled(NamedTuple):
     """A record (`flame_jax.record`) and what to report about its features."""
@@ -55,7 +58,7 @@ class Assembler:
         past = int(np.searchsorted(history.timestamps, request.request_time, side="right"))
         chosen, truncated = self._choose(history.actions[:past])
         # Blocks share events: from the first one that any of them reads on, all are looked up at once.
-        first = min(int(events[0]) for events in chosen if len(events)) if any(map(len, chosen)) else past
+        first = min((_start(events, past) for events in chosen), default=past)
         rows = self._vocabularies.items.lookup(np.concatenate([history.item_ids[first:past], request.candidates]))
         candidates = rows[past - first :]
         times = history.timestamps[first:past].astype(np.int32)
@@ -63,7 +66,10 @@ class Assembler:
             scenario=request.scenario,
             request_time=request.request_time,
             request_words=self._request_words(user.features if user else self._cold_user, request.context),
-            blocks=[BlockEvents(rows[e - first], history.actions[e], times[e - first]) for e in chosen],
+            blocks=[
+                BlockEvents(rows[(own := _behind(first, events))], history.actions[events], times[own])
+                for events in chosen
+            ],
             candidates=candidates,
             item_columns=[self._column(feature, keys, request, fetched.items) for feature, keys in self._item_features],
         )
@@ -76,18 +82,18 @@ class Assembler:
         )
         return Assembled(record, report)
 
-    def _choose(self, actions: np.ndarray) -> tuple[list[np.ndarray], bool]:
+    def _choose(self, actions: np.ndarray) -> tuple[list[_Events], bool]:
         """Multi-scale sequence extraction: per block the newest events of its strategy; whether any were left out."""
-        length, truncated, chosen = self._schema.block_length, False, []
+        length, truncated = self._schema.block_length, False
+        chosen: list[_Events] = []
         for select in self._selects:
             if select is None:
-                events = np.arange(max(0, len(actions) - length), len(actions))
+                chosen.append(slice(max(0, len(actions) - length), len(actions)))
                 truncated |= len(actions) > length
             else:
                 events = np.flatnonzero(select[actions])
+                chosen.append(events[-length:])
                 truncated |= len(events) > length
-                events = events[-length:]
-            chosen.append(events)
         return chosen, truncated
 
     def _request_words(self, user: np.ndarray, context: Mapping[str, int | float]) -> np.ndarray:
@@ -109,3 +115,15 @@ class Assembler:
         if values is None:
             values = np.full(len(request.candidates), feature.default, feature.stored_dtype)
         return values.view(np.int32) if keys is None else keys.lookup(values)
+
+
+def _start(events: _Events, past: int) -> int:
+    """The first of these events; `past` where there is none."""
+    if isinstance(events, slice):
+        return int(events.start)
+    return int(events[0]) if len(events) else past
+
+
+def _behind(first: int, events: _Events) -> _Events:
+    """The same events, counted from `first`."""
+    return slice(events.start - first, events.stop - first) if isinstance(events, slice) else events - first

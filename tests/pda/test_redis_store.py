@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from bench.pda.servers import Proxy, Server, running
 from flame_jax.data.load import load_store
 from flame_jax.feature_config import CacheConfig, StoreConfig
 from flame_jax.pda.lmdb_store import LmdbStore, LmdbWriter
@@ -29,7 +30,6 @@ from flame_jax.pda.records import CorruptRecord
 from flame_jax.pda.redis_store import TRIES, RedisStore
 from flame_jax.pda.store import Description, StoreError
 from flame_jax.schema import FeatureSchema
-from tests.pda.servers import Proxy, Server, running
 from tests.pda.stored import IDS, SCHEMA, YEARS, ids, write_store
 
 EVERY = ids(*sorted(IDS))

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.pda.servers import KINDS, running
 from flame_jax.data.load import load_store
 from flame_jax.feature_config import CacheConfig, StoreConfig
 from flame_jax.pda.lmdb_store import LmdbStore
@@ -18,7 +19,6 @@ from flame_jax.pda.open import open_store
 from flame_jax.pda.query import FeatureQuery
 from flame_jax.pda.store import Fetched, StoreError
 from flame_jax.schema import FeatureSchema
-from tests.pda.servers import KINDS, running
 from tests.pda.stored import AGES, HISTORIES, IDS, SCHEMA, YEARS, ids, write_store
 
 Fetch = Callable[[str, np.ndarray], Fetched]

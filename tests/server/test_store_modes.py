@@ -12,11 +12,11 @@ import grpc
 import numpy as np
 import pytest
 
+from bench.pda import servers
 from flame_jax.client import RankingClient
 from flame_jax.data.load import load_store
 from flame_jax.feature_config import StoreConfig
 from flame_jax.pda.lmdb_store import LmdbStore
-from tests.pda import servers
 from tests.server.live import ITEMS, Files, command, environment, serving
 from tests.server.test_rank import NOW, check, expected
 

@@ -1,0 +1,1 @@
+"""What features cost: assembly, the cache's library, and stores under faults."""

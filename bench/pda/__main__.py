@@ -1,0 +1,53 @@
+"""`python -m bench.pda MODE [--out DIR]`: what features cost on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from bench.environment import describe
+from bench.pda import assembly, faults
+
+say = partial(print, flush=True)
+
+
+def run_assembly() -> dict[str, Any]:
+    """From features to a record, and into a slot."""
+    result = assembly.assembly(say)
+    say(assembly.table(result["assembly"]))
+    return result
+
+
+def run_faults() -> dict[str, Any]:
+    """A store that fails, in the modes of the cache."""
+    result = faults.faults(say)
+    say(faults.table(result))
+    return result
+
+
+MODES: dict[str, Callable[[], dict[str, Any]]] = {"assembly": run_assembly, "faults": run_faults}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print, and write MODE.json."""
+    parser = argparse.ArgumentParser(prog="python -m bench.pda", description=__doc__)
+    what = parser.add_mutually_exclusive_group(required=True)
+    for name, mode in MODES.items():
+        what.add_argument(f"--{name}", dest="mode", action="store_const", const=name, help=mode.__doc__)
+    parser.add_argument("--out", metavar="DIR", help="takes the result as MODE.json")
+    parser.add_argument("--commit", help="commit of this checkout, for the result file")
+    args = parser.parse_args(argv)
+    about = describe(shlex.join(["python", "-m", "bench.pda", f"--{args.mode}", "--out", "DIR"]), args.commit)
+    result = MODES[args.mode]()
+    if args.out:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        Path(args.out, f"{args.mode}.json").write_text(json.dumps(about | result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
