@@ -86,8 +86,8 @@ def assembly(progress: Callable[[str], None], cases: Sequence[Case] = CASES, cou
             begun = time.perf_counter()
             record = assembler.assemble(request, fetched).record
             made = time.perf_counter()
-            slot.clear()
-            assembler.layout.fill(slot.fields, [Piece(record, 0, case.candidates)], bucket, layout)
+            assembler.layout.fill(slot.fill(), [Piece(record, 0, case.candidates)], bucket, layout)
+            slot.release()
             taken.append((made - begun) * 1e6)
             copied.append((time.perf_counter() - made) * 1e6)
         figures = {

@@ -14,10 +14,7 @@ from flame_jax.record import Piece, RecordLayout
 
 
 class Executor:
-    """Fills its slot, launches, and reads the scores of each piece back.
-
-    A slot must not be filled again before `scores` has returned for its last batch.
-    """
+    """Fills its slot, launches, and reads the scores of each piece back, in this order; the slot refuses any other."""
 
     def __init__(self, engine: Engine, bucket: Bucket, records: RecordLayout, layout: Layout) -> None:
         self.bucket = bucket
@@ -27,16 +24,37 @@ class Executor:
         self._result: jax.Array | None = None
 
     def fill(self, pieces: Sequence[Piece]) -> None:
-        """Copy the pieces into the slot."""
-        self._slot.clear()
-        self._rows = self._records.fill(self._slot.fields, pieces, self.bucket, self._layout)
+        """Copy the pieces into the slot.
+
+        Raises:
+            SlotBusy: the last batch is still under way.
+        """
+        fields = self._slot.fill()
+        try:
+            self._rows = self._records.fill(fields, pieces, self.bucket, self._layout)
+        except BaseException:
+            self._slot.release()
+            raise
 
     def launch(self) -> None:
         """Start the executable; returns at once."""
-        self._result = self._engine.launch(self.bucket, self._slot.words)
+        words = self._slot.launch()
+        try:
+            self._result = self._engine.launch(self.bucket, words)
+        except BaseException:
+            self._end()
+            raise
 
     def scores(self) -> list[np.ndarray]:
         """Wait for the launched batch: float32[count, tasks] per piece, in the order filled."""
         assert self._result is not None, "nothing was launched"
-        result, self._result = np.asarray(self._result), None
+        try:
+            result = np.asarray(self._result)
+        finally:
+            self._result = None
+            self._end()
         return [result[rows] for rows in self._rows]
+
+    def _end(self) -> None:
+        self._slot.finish()
+        self._slot.release()

@@ -5,29 +5,83 @@ from __future__ import annotations
 import mmap
 import os
 import weakref
+from collections.abc import Mapping
+from enum import Enum
 
 import numpy as np
 
 from flame_jax.packing import SlotLayout
 
 
+class State(Enum):
+    """What a slot is doing; it goes through these in order, and then is free again."""
+
+    FREE = "free"
+    FILLING = "filling"
+    IN_FLIGHT = "in flight"
+    DONE = "done"
+
+
+class SlotBusy(RuntimeError):
+    """A slot was to be used out of order: rewritten, say, while a device may still read it."""
+
+
 class Slot:
     """One packed batch in shared memory (memfd), so that another process can fill it.
 
+    Its fields can be written while it is filled, and at no other time: then NumPy refuses.
+
     Attributes:
-        words: int32[slot words], the whole buffer; page aligned.
-        fields: named views on it.
+        state: what it is doing.
+        words: int32[slot words], the whole buffer, for reading; page aligned.
     """
 
     def __init__(self, layout: SlotLayout) -> None:
-        self.layout = layout
+        self.layout, self.state = layout, State.FREE
         self.fd = os.memfd_create(f"flame-slot-{layout.bucket}", os.MFD_CLOEXEC)
         weakref.finalize(self, os.close, self.fd)
         os.ftruncate(self.fd, layout.words * 4)
         self._memory = mmap.mmap(self.fd, layout.words * 4)
-        self.words = np.frombuffer(self._memory, np.int32)
-        self.fields = layout.views(self.words)
+        writable = np.frombuffer(self._memory, np.int32)
+        self._fields = layout.views(writable)
+        self.words = writable.view()
+        self.words.flags.writeable = False
+        self._lock(True)
 
-    def clear(self) -> None:
-        """Forget the requests. Token rows keep what they held: no request's row points at them."""
-        self.fields["rows"].fill(0)
+    def fill(self) -> Mapping[str, np.ndarray]:
+        """Begin: named views to write to. The requests that were there are forgotten; token rows keep what they held,
+        since no request's row points at them.
+
+        Raises:
+            SlotBusy: it is not free.
+        """
+        self._go(State.FREE, State.FILLING)
+        self._lock(False)
+        self._fields["rows"].fill(0)
+        return self._fields
+
+    def launch(self) -> np.ndarray:
+        """What was filled goes to the device: `words`, which must not change until `finish`."""
+        self._go(State.FILLING, State.IN_FLIGHT)
+        self._lock(True)
+        return self.words
+
+    def finish(self) -> None:
+        """The device has read it all."""
+        self._go(State.IN_FLIGHT, State.DONE)
+
+    def release(self) -> None:
+        """Free it: its batch is done, or was given up before it was launched."""
+        if self.state is State.IN_FLIGHT:
+            raise SlotBusy("a slot in flight can't be freed")
+        self.state = State.FREE
+        self._lock(True)
+
+    def _go(self, before: State, after: State) -> None:
+        if self.state is not before:
+            raise SlotBusy(f"a slot that is {self.state.value} can't become {after.value}")
+        self.state = after
+
+    def _lock(self, locked: bool) -> None:
+        for view in self._fields.values():
+            view.flags.writeable = not locked

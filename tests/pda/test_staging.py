@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from flame_jax.packing import Bucket, Layout, SlotLayout, slot_layout
-from flame_jax.pda.staging import Slot
+from flame_jax.pda.staging import Slot, SlotBusy, State
 from flame_jax.schema import Block, Feature, FeatureSchema
 
 SCHEMA = FeatureSchema(
@@ -39,25 +39,71 @@ def test_a_slot_starts_on_a_page(layout: SlotLayout) -> None:
 def test_a_second_mapping_of_the_slot_sees_and_makes_its_changes(layout: SlotLayout) -> None:
     slot = Slot(layout)
     other = np.frombuffer(mmap.mmap(slot.fd, layout.words * 4), np.int32)
-    slot.fields["item.year"][5] = 1.5
+    slot.fill()["item.year"][5] = 1.5
     assert layout.views(other)["item.year"][5] == 1.5
     layout.views(other)["rows"][2] = 7
-    assert slot.fields["rows"][2].tolist() == [7] * 7
+    assert layout.views(slot.words)["rows"][2].tolist() == [7] * 7
 
 
 def test_two_slots_of_one_layout_share_nothing(layout: SlotLayout) -> None:
     one, other = Slot(layout), Slot(layout)
-    one.words.fill(1)
+    for field in one.fill().values():
+        field.fill(1)
     assert not other.words.any()
 
 
-def test_clearing_forgets_the_requests_and_leaves_every_other_word(layout: SlotLayout) -> None:
+def test_filling_forgets_the_requests_and_leaves_every_other_word(layout: SlotLayout) -> None:
     slot = Slot(layout)
-    slot.words[:] = np.arange(1, layout.words + 1)
+    for field in slot.fill().values():
+        field.fill(3)
     expected = slot.words.copy()
+    slot.release()
     layout.views(expected)["rows"][:] = 0
-    slot.clear()
+    slot.fill()
     np.testing.assert_array_equal(slot.words, expected)
+
+
+def test_a_slot_goes_through_its_states_and_refuses_every_other_order(layout: SlotLayout) -> None:
+    steps = ("fill", "launch", "finish", "release")
+    allowed = {
+        State.FREE: {"fill": State.FILLING, "release": State.FREE},
+        State.FILLING: {"launch": State.IN_FLIGHT, "release": State.FREE},
+        State.IN_FLIGHT: {"finish": State.DONE},
+        State.DONE: {"release": State.FREE},
+    }
+    for before, ways in {State.FREE: 0, State.FILLING: 1, State.IN_FLIGHT: 2, State.DONE: 3}.items():
+        for step in steps:
+            slot = Slot(layout)
+            for taken in steps[:ways]:
+                getattr(slot, taken)()
+            assert slot.state is before
+            if step in allowed[before]:
+                getattr(slot, step)()
+                assert slot.state is allowed[before][step]
+            else:
+                with pytest.raises(SlotBusy):
+                    getattr(slot, step)()
+                assert slot.state is before
+
+
+def test_a_slot_in_flight_can_not_be_written_to(layout: SlotLayout) -> None:
+    slot = Slot(layout)
+    fields = slot.fill()
+    fields["time"][0, 0] = 5
+    words = slot.launch()
+    before = words.copy()
+    for field in fields.values():
+        with pytest.raises(ValueError, match="read-only"):
+            field[...] = 7
+    with pytest.raises(ValueError, match="read-only"):
+        words[0] = 7
+    slot.finish()
+    with pytest.raises(ValueError, match="read-only"):
+        fields["time"][0, 0] = 7
+    np.testing.assert_array_equal(words, before)
+    slot.release()
+    slot.fill()["time"][0, 0] = 7
+    assert layout.views(slot.words)["time"][0, 0] == 7
 
 
 def test_a_slot_is_not_handed_to_programs_that_this_one_starts(layout: SlotLayout) -> None:

@@ -1,0 +1,114 @@
+"""An executor's slot is not rewritten while a batch may still read it, whatever goes wrong."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flame_jax.dso.executor import Executor
+from flame_jax.packing import Bucket, slot_layout
+from flame_jax.pda.staging import SlotBusy
+from flame_jax.record import Piece
+from tests.dso.fakes import LAYOUT, RECORDS, SCHEMA, SMALL, expected, record
+
+FIELDS = slot_layout(SCHEMA, LAYOUT, SMALL)
+
+
+class LateResult:
+    """Scores that are read from the slot only when somebody waits for them, as a device might that is slow."""
+
+    def __init__(self, words: np.ndarray, error: Exception | None) -> None:
+        self._words, self._error = words, error
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if self._error is not None:
+            raise self._error
+        fields = FIELDS.views(self._words)
+        items = fields["item"][0, -SMALL.candidates :] + fields["item.weight"]
+        return np.stack([items, fields["time"][0, -SMALL.candidates :]], axis=1).astype(np.float32)
+
+
+class SlowEngine:
+    """One bucket; errors as told."""
+
+    def __init__(self) -> None:
+        self.slots = {SMALL: FIELDS}
+        self.launching: Exception | None = None
+        self.running: Exception | None = None
+
+    def launch(self, bucket: Bucket, words: np.ndarray) -> LateResult:
+        if self.launching is not None:
+            raise self.launching
+        return LateResult(words, self.running)
+
+
+@pytest.fixture
+def engine() -> SlowEngine:
+    return SlowEngine()
+
+
+@pytest.fixture
+def executor(engine: SlowEngine) -> Executor:
+    return Executor(engine, SMALL, RECORDS, LAYOUT)  # type: ignore[arg-type]
+
+
+def piece(ticket: int, candidates: int = 4) -> Piece:
+    return Piece(record(ticket, candidates=candidates), 0, candidates)
+
+
+def test_scores_are_of_the_batch_that_was_launched(executor: Executor) -> None:
+    for ticket in (7, 8):
+        executor.fill([piece(ticket)])
+        executor.launch()
+        (scores,) = executor.scores()
+        np.testing.assert_array_equal(scores, expected(ticket))
+
+
+def test_who_fills_a_slot_in_flight_is_refused_and_spoils_nothing(executor: Executor) -> None:
+    executor.fill([piece(7)])
+    executor.launch()
+    refused = []
+
+    def intrude() -> None:
+        for _ in range(100):
+            try:
+                executor.fill([piece(8)])
+            except SlotBusy:
+                refused.append(True)
+
+    threads = [threading.Thread(target=intrude) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(refused) == 200
+    np.testing.assert_array_equal(executor.scores()[0], expected(7))
+    executor.fill([piece(8)])
+    executor.launch()
+    np.testing.assert_array_equal(executor.scores()[0], expected(8))
+
+
+@pytest.mark.parametrize("stage", ["fill", "launch", "scores"])
+def test_a_batch_that_fails_frees_its_slot(executor: Executor, engine: SlowEngine, stage: str) -> None:
+    error = RuntimeError("no")
+    too_many = [piece(1, 8), piece(2, 8)]
+    if stage == "fill":
+        with pytest.raises(ValueError, match="do not fit"):
+            executor.fill(too_many)
+    else:
+        engine.launching, engine.running = (error, None) if stage == "launch" else (None, error)
+        executor.fill([piece(1)])
+        if stage == "launch":
+            with pytest.raises(RuntimeError):
+                executor.launch()
+        else:
+            executor.launch()
+            with pytest.raises(RuntimeError):
+                executor.scores()
+    engine.launching = engine.running = None
+    executor.fill([piece(5)])
+    executor.launch()
+    np.testing.assert_array_equal(executor.scores()[0], expected(5))
