@@ -236,13 +236,15 @@ class DispatchConfig:
     Attributes:
         executors: executors (slot + executable) per bucket, so batches in flight at most.
         max_queue: requests waiting at most; one more is refused.
+        row_threads: that copy rows of an item table in host memory to slots (model.item_table).
     """
 
     executors: int = 2
     max_queue: int = 1024
+    row_threads: int = 4
 
     def __post_init__(self) -> None:
-        at_least(1, "dispatch", self, "executors", "max_queue")
+        at_least(1, "dispatch", self, "executors", "max_queue", "row_threads")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from flame_jax.host_table import Copy, HostTable
 from flame_jax.packing import Bucket, Extent, Layout, Place, place
 from flame_jax.schema import FeatureSchema, feature_field
 
@@ -41,10 +42,10 @@ class RecordLayout:
     """Encodes records of one schema and copies them into slots.
 
     Args:
-        item_table: int32[rows, words], embeddings of an item table in host memory, copied beside the ids.
+        item_table: embeddings of an item table in host memory, copied beside the ids.
     """
 
-    def __init__(self, schema: FeatureSchema, item_table: np.ndarray | None = None) -> None:
+    def __init__(self, schema: FeatureSchema, item_table: HostTable | None = None) -> None:
         self._item_table = item_table
         self.blocks = len(schema.blocks)
         self.candidate_action = schema.actions
@@ -116,22 +117,29 @@ class RecordLayout:
         """
         extents = [self.piece_extent(piece) for piece in pieces]
         places = place(extents, bucket, layout)
+        copies: list[Copy] = []
         for row, (where, piece) in enumerate(zip(places, pieces, strict=True)):
-            self.write(slot, row, where, *piece)
+            copies += self.write(slot, row, where, *piece)
+        if self._item_table is not None:
+            self._item_table.copy(copies)
         base = bucket.tokens - bucket.candidates
         starts = [where.candidate_start - base for where in places]
         return [slice(at, at + extent.candidates) for at, extent in zip(starts, extents, strict=True)]
 
     def write(
         self, slot: Mapping[str, np.ndarray], row: int, place: Place, record: np.ndarray, low: int, high: int
-    ) -> None:
+    ) -> list[Copy]:
         """Copy candidates [low, high) of a record, with its whole history, into a slot.
 
         Args:
             slot: the slot's field views.
             row: the request row to fill.
             place: where the piece lies on the token axis.
+
+        Returns:
+            What is left to be copied from the item table in host memory.
         """
+        copies: list[Copy] = []
         item, action, time = slot["item"], slot["action"], slot["time"]
         count, scenario, now, *rest = record[: self._body].tolist()  # plain numbers are faster one by one
         lengths, words = rest[: self.blocks], rest[self.blocks :]
@@ -153,7 +161,7 @@ class RecordLayout:
                 time[block, rows] = np.repeat(times, 2)
             if self._item_table is not None:
                 embedding = slot["embedding"][block, rows]
-                embedding[:: self._stride] = self._item_table[items]
+                copies.append((items, embedding[:: self._stride]))
                 if self._stride == 2:
                     embedding[1::2] = 0
         rows = slice(place.candidate_start, place.candidate_start + high - low)
@@ -161,9 +169,11 @@ class RecordLayout:
         action[:, rows] = self.candidate_action
         time[:, rows] = now
         if self._item_table is not None:
-            slot["embedding"][:, rows] = self._item_table[record[at + low : at + high]]
+            candidates = record[at + low : at + high]
+            copies += [(candidates, block[rows]) for block in slot["embedding"]]
         for name in self._item_fields:
             at += count
             column = slot[name].view(np.int32)
             first = place.candidate_start - (item.shape[1] - len(column))
             column[first : first + high - low] = record[at + low : at + high]
+        return copies

@@ -18,6 +18,7 @@ from flame_jax.fke.artifact import Artifact, ArtifactError
 from flame_jax.fke.engine import Engine
 from flame_jax.fke.repository import Version
 from flame_jax.fke.signing import TrustedKeys
+from flame_jax.host_table import host_table
 from flame_jax.pda.assembler import Assembler
 from flame_jax.pda.store import Store, StoreError
 from flame_jax.server.validation import Validator
@@ -90,7 +91,8 @@ class LiveModel:
         self.version, self.schema = manifest.version, manifest.schema
         self.in_flight = self.ok = self.failed = 0
         self.validator = Validator(manifest.schema, config.server)
-        self.assembler = Assembler(manifest.schema, engine.vocabularies, engine.item_table)
+        self._table = host_table(engine.item_table, config.dispatch.row_threads)
+        self.assembler = Assembler(manifest.schema, engine.vocabularies, self._table)
         self.inbox = Inbox(loop)
         # Weakly: a freed version must not wait for the garbage collector to give its device memory back.
         this = weakref.ref(self)
@@ -116,7 +118,10 @@ class LiveModel:
 
     def stop(self, seconds: float) -> bool:
         """End its threads; blocks. False when a batch still runs after this long: the device hangs."""
-        return self.dispatcher.stop(seconds)
+        stopped = self.dispatcher.stop(seconds)
+        if stopped and self._table is not None:
+            self._table.close()
+        return stopped
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from flame_jax.host_table import host_table
 from flame_jax.packing import Bucket, Layout, Place, place, slot_layout
-from flame_jax.record import BlockEvents, RecordLayout
+from flame_jax.record import BlockEvents, Piece, RecordLayout
 from flame_jax.schema import Feature, FeatureSchema
 from tests.oracles.climber import OracleRequest
 
@@ -82,10 +83,10 @@ def pack(
     if dirt is not None:
         for name, limit in (("item", 2), ("action", schema.actions + 1), ("time", 2**31 - 1)):
             fields[name][:] = dirt.integers(0, limit, fields[name].shape)
-    records = RecordLayout(schema, item_table)
+    records = RecordLayout(schema, host_table(item_table))
     encoded = [encode(schema, r) for r in requests]
     extents = [records.extent(record) for record in encoded]
     places = place(extents, bucket, layout)
-    for row, (record, where, request) in enumerate(zip(encoded, places, requests, strict=True)):
-        records.write(fields, row, where, record, 0, len(request.candidates))
+    pieces = [Piece(record, 0, extent.candidates) for record, extent in zip(encoded, extents, strict=True)]
+    records.fill(fields, pieces, bucket, layout)
     return Packed(words, fields, places)

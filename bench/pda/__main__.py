@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.environment import describe
-from bench.pda import assembly, faults
+from bench.pda import assembly, faults, host_rows
 
 say = partial(print, flush=True)
 
@@ -30,7 +30,18 @@ def run_faults() -> dict[str, Any]:
     return result
 
 
-MODES: dict[str, Callable[[], dict[str, Any]]] = {"assembly": run_assembly, "faults": run_faults}
+def run_host_rows() -> dict[str, Any]:
+    """Rows of an item table in host memory; takes 5 GB of memory and of disk."""
+    result = host_rows.host_rows(say)
+    say(host_rows.table(result))
+    return result
+
+
+MODES: dict[str, Callable[[], dict[str, Any]]] = {
+    "assembly": run_assembly,
+    "faults": run_faults,
+    "host_rows": run_host_rows,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -38,11 +49,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.pda", description=__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     for name, mode in MODES.items():
-        what.add_argument(f"--{name}", dest="mode", action="store_const", const=name, help=mode.__doc__)
+        what.add_argument(
+            f"--{name.replace('_', '-')}", dest="mode", action="store_const", const=name, help=mode.__doc__
+        )
     parser.add_argument("--out", metavar="DIR", help="takes the result as MODE.json")
     parser.add_argument("--commit", help="commit of this checkout, for the result file")
     args = parser.parse_args(argv)
-    about = describe(shlex.join(["python", "-m", "bench.pda", f"--{args.mode}", "--out", "DIR"]), args.commit)
+    about = describe(
+        shlex.join(["python", "-m", "bench.pda", f"--{args.mode.replace('_', '-')}", "--out", "DIR"]), args.commit
+    )
     result = MODES[args.mode]()
     if args.out:
         Path(args.out).mkdir(parents=True, exist_ok=True)

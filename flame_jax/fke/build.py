@@ -44,6 +44,7 @@ from flame_jax.fke.manifest import (
 from flame_jax.fke.signing import SigningKey
 from flame_jax.fke.tuning import Tuning, compile_tuned, results_file
 from flame_jax.fke.writer import check_place, write_artifact
+from flame_jax.host_table import host_table
 from flame_jax.models.checkpoint import Checkpoint
 from flame_jax.models.cost import bucket_cost
 from flame_jax.models.kernel_choice import HOPPER, in_use
@@ -154,7 +155,7 @@ def build(config: Config, checkpoint: Checkpoint, builder: Builder) -> Manifest:
         )
         for bucket in tqdm(ladder, desc="trace", unit="bucket", disable=not builder.progress or None)
     }
-    packer = Packer(model, schema, config.layout, RecordLayout(schema, item_table))
+    packer = Packer(model, schema, config.layout, RecordLayout(schema, host_table(item_table)))
     records = golden_records(schema, checkpoint.vocabularies, config.layout, ladder)
     golden = Golden(records, _reference_scores(packer, records, weights, rows, config.export.matmul_precision))
     golden.check()

@@ -17,6 +17,7 @@ from flame_jax.fke.device import multiprocessors, target_of
 from flame_jax.fke.golden import Golden, Packer, whole
 from flame_jax.fke.manifest import GOLDEN, executable_name, portable_name
 from flame_jax.fke.target import Target
+from flame_jax.host_table import host_table
 from flame_jax.models.kernel_choice import too_small
 from flame_jax.models.serving import check_weights, served_slot, served_specs
 from flame_jax.packing import Bucket
@@ -60,7 +61,7 @@ class Engine:
         self.slots = {b: served_slot(manifest.model, manifest.schema, manifest.layout, b) for b in manifest.buckets}
         self.item_table = artifact.item_table(self.vocabularies.items.rows)
         self.packer = Packer(
-            manifest.model, manifest.schema, manifest.layout, RecordLayout(manifest.schema, self.item_table)
+            manifest.model, manifest.schema, manifest.layout, RecordLayout(manifest.schema, host_table(self.item_table))
         )
         self.golden = _golden(artifact, self.packer.records)
         self.golden_difference = float("nan")

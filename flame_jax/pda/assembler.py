@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from flame_jax.host_table import HostTable
 from flame_jax.pda.store import Fetched
 from flame_jax.record import BlockEvents, RecordLayout
 from flame_jax.request import FeatureReport, History, RankRequest
@@ -31,7 +32,7 @@ class Assembler:
         item_table: see `RecordLayout`.
     """
 
-    def __init__(self, schema: FeatureSchema, vocabularies: Vocabularies, item_table: np.ndarray | None = None) -> None:
+    def __init__(self, schema: FeatureSchema, vocabularies: Vocabularies, item_table: HostTable | None = None) -> None:
         vocabularies.check(schema)
         self._schema, self._vocabularies = schema, vocabularies
         self.layout = RecordLayout(schema, item_table)

@@ -16,6 +16,7 @@ from flame_jax.export import main
 from flame_jax.fke.artifact import Artifact, ArtifactError
 from flame_jax.fke.engine import Engine
 from flame_jax.fke.manifest import ITEM_TABLE
+from flame_jax.host_table import host_table
 from flame_jax.models.serving import host_item_table, rank_function, served_slot, served_weights
 from flame_jax.pda.assembler import Assembler
 from flame_jax.record import Piece
@@ -69,7 +70,7 @@ def exported(config: Config, folder: Path, place: Place, table_dtype: Type = "fl
 def scores_of(artifact: Artifact, user: int) -> np.ndarray:
     """Through assembler, slot and executable, as the server does."""
     engine = Engine(artifact, tiny.device())
-    assembler = Assembler(tiny.SCHEMA, engine.vocabularies, engine.item_table)
+    assembler = Assembler(tiny.SCHEMA, engine.vocabularies, host_table(engine.item_table, threads=2))
     request, fetched = tiny.request_of(user)
     executor = Executor(engine, tiny.BUCKETS[0], assembler.layout, tiny.LAYOUT)
     executor.fill([Piece(assembler.assemble(request, fetched).record, 2, 10)])

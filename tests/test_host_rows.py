@@ -1,0 +1,43 @@
+"""Rows of a table in host memory: copied in parts, by any number of threads, and only such as are there."""
+
+from __future__ import annotations
+
+from contextlib import closing
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flame_jax import host_table
+from flame_jax.host_table import Copy, HostTable
+
+TABLE = np.random.default_rng(0).integers(-(2**31), 2**31, (50, 6)).astype(np.int32)
+
+
+@settings(max_examples=60)
+@given(st.lists(st.lists(st.integers(0, 49), max_size=40), max_size=5), st.sampled_from([1, 3]), st.integers(1, 50))
+def test_every_row_comes_to_its_place(asked: list[list[int]], threads: int, at_a_time: int) -> None:
+    buffer = np.full((2, 5, 40, 6), -1, np.int32)
+    copies: list[Copy] = []
+    for number, rows in enumerate(asked):
+        every_other = number % 2 + 1  # interleaved histories leave rows out
+        copies.append((np.array(rows, np.int32), buffer[1, number, ::every_other][: len(rows)]))
+        copies[-1] = (copies[-1][0][: len(copies[-1][1])], copies[-1][1])
+    expected = buffer.copy()
+    for number, (wanted, _) in enumerate(copies):
+        expected[1, number, :: number % 2 + 1][: len(wanted)] = TABLE[wanted]
+    with pytest.MonkeyPatch.context() as patch, closing(HostTable(TABLE, threads)) as table:
+        patch.setattr(host_table, "ROWS", at_a_time)
+        table.copy(copies)
+    np.testing.assert_array_equal(buffer, expected)
+
+
+@pytest.mark.parametrize("row", [-1, 50, 2**31 - 1])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_row_that_is_not_there_is_an_error(row: int, threads: int) -> None:
+    out = np.zeros((3000, 6), np.int32)
+    rows = np.zeros(3000, np.int32)
+    rows[2000] = row
+    with closing(HostTable(TABLE, threads)) as table, pytest.raises(IndexError, match=f"{row}"):
+        table.copy([(rows, out)])
