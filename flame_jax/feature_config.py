@@ -35,8 +35,14 @@ class StoreConfig:
 
     def __post_init__(self) -> None:
         at_least(1, "store", self, "connections")
+        if not self.prefix or ":" in self.prefix:
+            raise ValueError(f"store.prefix must be a name without colons, not {self.prefix!r}")
         if not self.timeout_ms > 0:
             raise ValueError(f"store.timeout_ms must be positive, not {self.timeout_ms}")
+
+
+LONGEST_SECONDS = 1e9
+"""That something may be kept: some thirty years."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +66,8 @@ class CacheConfig:
     def __post_init__(self) -> None:
         at_least(1, "cache", self, "mib")
         for name in ("ttl_seconds", "absent_ttl_seconds"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"cache.{name} must be positive, not {getattr(self, name)}")
+            if not 0 < getattr(self, name) <= LONGEST_SECONDS:
+                raise ValueError(f"cache.{name} must lie in (0, {LONGEST_SECONDS:g}], not {getattr(self, name)}")
 
 
 @dataclass(frozen=True)

@@ -49,15 +49,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.pda", description=__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     for name, mode in MODES.items():
-        what.add_argument(
-            f"--{name.replace('_', '-')}", dest="mode", action="store_const", const=name, help=mode.__doc__
-        )
+        what.add_argument(f"--{name}", dest="mode", action="store_const", const=name, help=mode.__doc__)
     parser.add_argument("--out", metavar="DIR", help="takes the result as MODE.json")
     parser.add_argument("--commit", help="commit of this checkout, for the result file")
     args = parser.parse_args(argv)
-    about = describe(
-        shlex.join(["python", "-m", "bench.pda", f"--{args.mode.replace('_', '-')}", "--out", "DIR"]), args.commit
-    )
+    about = describe(shlex.join(["python", "-m", "bench.pda", f"--{args.mode}", "--out", "DIR"]), args.commit)
     result = MODES[args.mode]()
     if args.out:
         Path(args.out).mkdir(parents=True, exist_ok=True)

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from itertools import batched
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from tqdm import tqdm
 
 from flame_jax.feature_config import StoreConfig
 from flame_jax.pda.lmdb_store import LmdbStore
-from flame_jax.pda.redis_store import Keys, options
+from flame_jax.pda.redis_store import Keys, options, told
 from flame_jax.pda.store import Description, StoreError, redacted
 
 if TYPE_CHECKING:
     from redis import Redis
 
-BATCH = 1000
-"""Values in one command."""
+BATCH, BATCH_BYTES = 1000, 1 << 18
+"""Values in one command at most, and bytes of them, but for the last: a server does nothing else meanwhile."""
 TABLES = {"users": "u", "items": "i", "titles": "t"}
 """Of the LMDB store, in the order copied, and the letter in the names of their values."""
 SECONDS = 30.0
@@ -56,14 +56,15 @@ def load_store(source: LmdbStore, config: StoreConfig, *, restart: bool = False)
         StoreError: the server doesn't answer, or holds a store of other features or an unfinished copy of something
             else.
     """
+    given, name = options(config.url, SECONDS), redacted(config.url)
+    from redis import Redis
     from redis.exceptions import RedisError
 
-    name = redacted(config.url)
     try:
-        with _client(config) as client:
+        with Redis.from_url(config.url, **given) as client:
             return _copy(client, name, source, Keys(config.prefix), restart)
     except (RedisError, OSError) as error:
-        raise StoreError(f"store {name}: {error}") from error
+        raise StoreError(f"store {name}: {told(error)}") from error
 
 
 def _copy(client: Redis, name: str, source: LmdbStore, keys: Keys, restart: bool) -> int:
@@ -76,7 +77,7 @@ def _copy(client: Redis, name: str, source: LmdbStore, keys: Keys, restart: bool
     with tqdm(total=sum(counts.values()), initial=mark.done, unit=" values", desc=name) as progress:
         for table in list(TABLES)[list(TABLES).index(mark.table) :]:
             after = bytes.fromhex(mark.after) if table == mark.table else b""
-            for batch in batched(source.raw(table, after), BATCH):
+            for batch in _batches(source.raw(table, after)):
                 mark = _Mark(digest, mark.done + len(batch), table, batch[-1][0].hex())
                 values = {keys.of(TABLES[table], key): value for key, value in batch}
                 client.mset(values | {keys.mark: json.dumps(mark).encode()})  # all of it, or nothing
@@ -100,7 +101,14 @@ def _read_mark(blob: bytes | None, digest: str, name: str) -> _Mark:
     return mark
 
 
-def _client(config: StoreConfig) -> Redis:
-    from redis import Redis
-
-    return Redis.from_url(config.url, **options(config.url, SECONDS))
+def _batches(values: Iterable[tuple[bytes, bytes]]) -> Iterator[list[tuple[bytes, bytes]]]:
+    batch: list[tuple[bytes, bytes]] = []
+    size = 0
+    for key, value in values:
+        batch.append((key, value))
+        size += len(key) + len(value)
+        if len(batch) >= BATCH or size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

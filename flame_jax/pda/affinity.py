@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 from pathlib import Path
@@ -71,7 +72,8 @@ def bind(binding: Binding) -> None:
     """Keep every thread that there is, and all that they will start, on these cores."""
     if binding.cores is not None:
         for thread in os.listdir("/proc/self/task"):
-            os.sched_setaffinity(int(thread), binding.cores)
+            with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+                os.sched_setaffinity(int(thread), binding.cores)
 
 
 def first_gpu() -> str | None:

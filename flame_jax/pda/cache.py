@@ -83,8 +83,7 @@ class ItemCache:
             rows, found = entries["row"], entries["found"]
         else:
             known = np.array([value is not None for value in values], bool)
-            rows = default_rows(self._features, self._dtype["row"], len(ids))
-            rows["id"] = ids
+            rows = self.defaults(ids)
             found, fresh = np.zeros(len(ids), bool), np.zeros(len(ids), bool)
             rows[known], found[known], fresh[known] = entries["row"], entries["found"], fresh_entries
         hits = int(np.count_nonzero(fresh))
@@ -92,6 +91,12 @@ class ItemCache:
         self._stale += len(held) - hits
         self._misses += len(ids) - len(held)
         return Lookup(rows, found, known, fresh)
+
+    def defaults(self, ids: np.ndarray) -> np.ndarray:
+        """Rows of int64[n] items of which nothing is known."""
+        rows = default_rows(self._features, self._dtype["row"], len(ids))
+        rows["id"] = ids
+        return rows
 
     def put(self, ids: np.ndarray, rows: np.ndarray, found: np.ndarray) -> None:
         """Keep what the store said of int64[n] distinct items.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Iterable, Iterator
 from operator import itemgetter
 from pathlib import Path
@@ -65,7 +66,7 @@ class LmdbStore:
         self._user_dtype, self._item_dtype = user_dtype(written), item_dtype(written)
         self._item_features = written.stored_item_features
 
-    async def fetch(self, user: str | None, item_ids: np.ndarray) -> Fetched:
+    async def fetch(self, user: str | None, item_ids: np.ndarray, *, patient: bool = False) -> Fetched:
         """See `Store.fetch`."""
         return self._read(user, item_ids)
 
@@ -190,7 +191,7 @@ class LmdbWriter:
     def finish(self, dataset: str) -> None:
         """Mark the store complete."""
         with self._env.begin(self._tables["meta"], write=True) as txn:
-            txn.put(_META, Description(dataset, self._schema).to_bytes())
+            txn.put(_META, Description(dataset, self._schema, uuid.uuid4().hex).to_bytes())
         self._env.sync(True)
 
 

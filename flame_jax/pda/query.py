@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Coroutine, Iterable
 from typing import Any
 
@@ -18,6 +19,8 @@ log = logging.getLogger(__name__)
 
 REFRESH = 1024
 """Items that the background asks for at once."""
+REST_SECONDS = 0.25
+"""Between two questions of the background, where the first one failed."""
 WAITING = 65536
 """Items that wait to be asked for in the background at most; more are left to later calls."""
 
@@ -36,6 +39,7 @@ class FeatureQuery:
         self._flights: dict[int, asyncio.Task[tuple[np.ndarray, Fetched]]] = {}
         self._waiting: dict[int, None] = {}
         self._refreshing = False
+        self._rest_until = 0.0
         self.refreshed = 0
 
     async def fetch(self, user: str, candidates: np.ndarray) -> Fetched:
@@ -51,18 +55,28 @@ class FeatureQuery:
             return Fetched(fetched.user, fetched.items[place], fetched.found[place])
         held = self.cache.lookup(ids)
         if self._mode == "sync":
-            return await self._waited(user, ids, place, held)
-        return await self._at_once(user, ids, place, held)
+            return await self._fetch_sync(user, ids, place, held)
+        return await self._fetch_async(user, ids, place, held)
 
-    async def _waited(self, user: str, ids: np.ndarray, place: np.ndarray, held: Lookup) -> Fetched:
+    async def _fetch_sync(self, user: str, ids: np.ndarray, place: np.ndarray, held: Lookup) -> Fetched:
         """What is missing or too old comes with the user, or with whatever another call has asked for already."""
         lacking = ids[~held.fresh]
         flying = [task for item in lacking.tolist() if (task := self._flights.get(item)) is not None]
         asked = lacking
         if flying:
             asked = np.array([item for item in lacking.tolist() if item not in self._flights], np.int64)
-        own = self._ask(user, asked)
-        answers = await asyncio.gather(own, *map(asyncio.shield, dict.fromkeys(flying)))
+        waits = [self._ask(user, asked), *map(asyncio.shield, dict.fromkeys(flying))]
+        own, *others = await asyncio.gather(*waits, return_exceptions=True)
+        if isinstance(own, BaseException):
+            raise own
+        answers = [own]
+        for other in others:
+            if isinstance(other, CorruptRecord):  # perhaps its user's, who is none of ours
+                answers.append(await self._ask(None, lacking))
+            elif isinstance(other, BaseException):
+                raise other
+            else:
+                answers.append(other)
         rows, found = held.rows, held.found
         if len(lacking):
             rows, found = rows.copy(), found.copy()
@@ -70,9 +84,9 @@ class FeatureQuery:
                 common = np.isin(theirs, lacking, assume_unique=True)
                 at = np.searchsorted(ids, theirs[common])
                 rows[at], found[at] = fetched.items[common], fetched.found[common]
-        return Fetched(answers[0][1].user, rows[place], found[place])
+        return Fetched(own[1].user, rows[place], found[place])
 
-    async def _at_once(self, user: str, ids: np.ndarray, place: np.ndarray, held: Lookup) -> Fetched:
+    async def _fetch_async(self, user: str, ids: np.ndarray, place: np.ndarray, held: Lookup) -> Fetched:
         """What there is; the rest is asked for in the background."""
         if not held.fresh.all():
             self._refresh(ids[~held.fresh].tolist())
@@ -84,10 +98,13 @@ class FeatureQuery:
             log.debug("scored without the user's record: %s", error)
             lost = True
         degraded = lost or not bool(held.fresh.all())
-        return Fetched(record, held.rows[place], held.found[place], lost, degraded)
+        found = held.found | ~held.known  # what has not been asked for is not known to lack
+        return Fetched(record, held.rows[place], found[place], lost, degraded)
 
-    def _ask(self, user: str | None, ids: np.ndarray) -> asyncio.Future[tuple[np.ndarray, Fetched]]:
-        task = self._start(self._load(user, ids))
+    def _ask(
+        self, user: str | None, ids: np.ndarray, *, patient: bool = False
+    ) -> asyncio.Future[tuple[np.ndarray, Fetched]]:
+        task = self._start(self._load(user, ids, patient))
         if self.cache is not None and not task.done():
             for item in ids.tolist():
                 self._flights[item] = task
@@ -99,8 +116,8 @@ class FeatureQuery:
             if self._flights.get(item) is task:
                 del self._flights[item]
 
-    async def _load(self, user: str | None, ids: np.ndarray) -> tuple[np.ndarray, Fetched]:
-        fetched = await self._store.fetch(user, ids)
+    async def _load(self, user: str | None, ids: np.ndarray, patient: bool) -> tuple[np.ndarray, Fetched]:
+        fetched = await self._store.fetch(user, ids, patient=patient)
         if self.cache is not None and len(ids):
             self.cache.put(ids, fetched.items, fetched.found)
         return ids, fetched
@@ -111,7 +128,7 @@ class FeatureQuery:
             if item not in self._flights and room > 0:
                 self._waiting[item] = None
                 room -= 1
-        if self._waiting and not self._refreshing:
+        if self._waiting and not self._refreshing and time.monotonic() >= self._rest_until:
             self._start(self._background())
 
     async def _background(self) -> None:
@@ -119,15 +136,27 @@ class FeatureQuery:
         try:
             while self._waiting:
                 wanted = [self._waiting.popitem()[0] for _ in range(min(REFRESH, len(self._waiting)))]
-                await self._ask(None, np.sort(np.array(wanted, np.int64)))
-                self.refreshed += len(wanted)
+                await self._refresh_these(np.sort(np.array(wanted, np.int64)))
         except StoreError as error:
             log.debug("items are not refreshed: %s", error)
             self._waiting.clear()  # whoever needs them still will say so again
-        except CorruptRecord:
-            log.exception("the store holds a damaged record")
+            self._rest_until = time.monotonic() + REST_SECONDS
         finally:
             self._refreshing = False
+
+    async def _refresh_these(self, ids: np.ndarray) -> None:
+        """Fetch items; one that is damaged is not there for a while, and holds up no others."""
+        assert self.cache is not None
+        try:
+            await self._ask(None, ids, patient=True)
+        except CorruptRecord as error:
+            if len(ids) > 1:
+                for half in np.array_split(ids, 2):
+                    await self._refresh_these(half)
+                return
+            log.error("item %d in store %s: %s", ids[0], self._store.name, error)
+            self.cache.put(ids, self.cache.defaults(ids), np.zeros(1, bool))
+        self.refreshed += len(ids)
 
     def _start[T](self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.Task(work, loop=asyncio.get_running_loop(), eager_start=True)

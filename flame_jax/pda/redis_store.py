@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import logging
 import random
 import time
 from collections.abc import Awaitable
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 
 from flame_jax.feature_config import StoreConfig
 from flame_jax.pda.records import decode_items, decode_user, item_dtype, join_rows, user_dtype
-from flame_jax.pda.store import Description, Fetched, StoreError, redacted
+from flame_jax.pda.store import SCHEMES, Description, Fetched, StoreError, redacted
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -62,40 +64,41 @@ class Keys(NamedTuple):
 class Gate:
     """Tells calls at once that the store is down, but for one in a while that finds out.
 
-    One call that fails says little; several in a row close the gate, and any success opens it. Both are logged, and
-    nothing in between.
+    One call that fails says little; several, with no success since they began, close the gate, and any success opens
+    it. Both are logged, and nothing in between.
     """
 
     def __init__(self, store: str) -> None:
         self._store = store
         self._failures = 0
-        self._open_at = 0.0
+        self._pause = self._open_at = self._succeeded_at = 0.0
 
-    def enter(self) -> None:
-        """Raise StoreError while the store counts as down."""
-        if self._failures < TRIES:
-            return
+    def enter(self) -> float:
+        """When the call began. Raises StoreError while the store counts as down."""
         now = time.monotonic()
-        if now < self._open_at:
-            raise StoreError(f"store {self._store} is down")
-        self._open_at = now + self._pause()
+        if self._pause:
+            if now < self._open_at:
+                raise StoreError(f"store {self._store} is down")
+            self._wait(now, min(LONGEST_PAUSE, 2 * self._pause))
+        return now
 
     def succeeded(self) -> None:
-        """A call was answered."""
-        if self._failures >= TRIES:
+        """A call was answered in time."""
+        if self._pause:
             log.warning("store %s answers again", self._store)
-        self._failures = 0
+        self._failures, self._pause, self._succeeded_at = 0, 0.0, time.monotonic()
 
-    def failed(self, error: StoreError) -> None:
-        """A call was not."""
+    def failed(self, begun: float, error: StoreError) -> None:
+        """A call that began then was not."""
+        if begun <= self._succeeded_at or self._pause:
+            return
         self._failures += 1
-        if self._failures == TRIES:
-            self._open_at = time.monotonic() + self._pause()
+        if self._failures >= TRIES:
+            self._wait(time.monotonic(), FIRST_PAUSE)
             log.error("%s; it counts as down until it answers", error)
 
-    def _pause(self) -> float:
-        longest = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(self._failures - TRIES, 10))
-        return longest * random.uniform(0.5, 1.0)
+    def _wait(self, now: float, pause: float) -> None:
+        self._pause, self._open_at = pause, now + pause * random.uniform(0.5, 1.0)
 
 
 class RedisStore:
@@ -125,18 +128,21 @@ class RedisStore:
             await client.aclose()
             raise
 
-    async def fetch(self, user: str | None, item_ids: np.ndarray) -> Fetched:
+    async def fetch(self, user: str | None, item_ids: np.ndarray, *, patient: bool = False) -> Fetched:
         """See `Store.fetch`."""
-        self._gate.enter()
+        begun = time.monotonic() if patient else self._gate.enter()
         names = self._keys.items(item_ids)
         if user is not None:
             names.append(self._keys.of("u", user.encode()))
         try:
-            values = await _answer(self._client.mget(names), self._seconds, self.name) if names else []
+            seconds = max(LATE_SECONDS, self._seconds) if patient else self._seconds
+            values = await _answer(self._client.mget(names), seconds, self.name) if names else []
         except StoreError as error:
-            self._gate.failed(error)
+            if not patient:
+                self._gate.failed(begun, error)
             raise
-        self._gate.succeeded()
+        if names and time.monotonic() - begun <= self._seconds:
+            self._gate.succeeded()
         blob = values.pop() if user is not None else None
         record = None if blob is None or user is None else decode_user(user, blob, self._user_dtype)
         rows = join_rows([value for value in values if value is not None], self._item_dtype, self._features)
@@ -153,7 +159,8 @@ def connect(config: StoreConfig) -> Redis:
     Raises:
         StoreError: redis-py is not installed, or the URL is none.
     """
-    given = options(config.url, LATE_SECONDS)
+    seconds = config.timeout_ms / 1e3
+    given = options(config.url, max(LATE_SECONDS, seconds))
     from redis.asyncio import BlockingConnectionPool, Redis
     from redis.asyncio.retry import Retry
     from redis.backoff import NoBackoff
@@ -161,7 +168,6 @@ def connect(config: StoreConfig) -> Redis:
 
     # Once: a connection of the pool may have died since it was used last.
     retry = Retry(NoBackoff(), 1, supported_errors=(Broken,))
-    seconds = config.timeout_ms / 1e3
     pool = BlockingConnectionPool.from_url(
         config.url, max_connections=config.connections, timeout=seconds, retry=retry, **given, **PLAIN
     )
@@ -177,15 +183,33 @@ def options(url: str, seconds: float) -> dict[str, Any]:
     Raises:
         StoreError: redis-py is not installed, or the URL is none.
     """
-    try:
-        from redis import ConnectionPool
-    except ImportError:
-        raise StoreError("a store at a URL needs redis-py: pip install 'flame-jax[redis]'") from None
-    try:
-        ConnectionPool.from_url(url)
-    except ValueError as error:
-        raise StoreError(f"store.url {redacted(url)}: {error}") from None
+    if importlib.util.find_spec("redis") is None:
+        raise StoreError("a store at a URL needs redis-py: pip install 'flame-jax[redis]'")
+    if reason := misfit(url):
+        raise StoreError(f"store.url {redacted(url)}: {reason}")
     return {"socket_connect_timeout": seconds, "socket_timeout": seconds}
+
+
+def misfit(url: str) -> str:
+    """Why this is no URL of a store; empty where it is one. Says nothing of what it holds, which may be a password."""
+    try:
+        parts = urlsplit(url)
+        known = SCHEMES.get(parts.scheme)
+        given = parse_qs(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
+        _ = parts.port
+    except ValueError:
+        return "it is no URL; a password's /, ?, # and @ are written %2F, %3F, %23 and %40"
+    if known is None:
+        return f"it begins with none of {', '.join(f'{scheme}://' for scheme in SCHEMES)}"
+    if unknown := sorted(set(given) - known):
+        return f"its query has options beside {', '.join(sorted(known))}: {len(unknown)}"
+    databases = given.get("db", [])
+    if parts.scheme == "unix":
+        if not parts.path:
+            return "it names no socket"
+    elif named := parts.path.strip("/"):
+        databases = [*databases, named]
+    return "" if all(name.isdecimal() for name in databases) else "its database is no number"
 
 
 async def _answer(call: Awaitable[Any], seconds: float, name: str) -> Any:
@@ -207,7 +231,14 @@ async def _answer(call: Awaitable[Any], seconds: float, name: str) -> Any:
     try:
         return task.result()
     except (RedisError, OSError) as error:
-        raise StoreError(f"store {name}: {error}") from error
+        raise StoreError(f"store {name}: {told(error)}") from error
+
+
+def told(error: Exception) -> str:
+    """An error in words that may be logged: a server's own may repeat what it was sent, a password included."""
+    from redis.exceptions import ResponseError
+
+    return f"the server answers with {type(error).__name__}" if isinstance(error, ResponseError) else str(error)
 
 
 def _retrieved(task: asyncio.Future[Any]) -> None:

@@ -74,8 +74,9 @@ class Slot:
         """Free it: its batch is done, or was given up before it was launched."""
         if self.state is State.IN_FLIGHT:
             raise SlotBusy("a slot in flight can't be freed")
+        if self.state is State.FILLING:
+            self._lock(True)
         self.state = State.FREE
-        self._lock(True)
 
     def _go(self, before: State, after: State) -> None:
         if self.state is not before:
@@ -84,4 +85,4 @@ class Slot:
 
     def _lock(self, locked: bool) -> None:
         for view in self._fields.values():
-            view.flags.writeable = not locked
+            view.setflags(write=not locked)

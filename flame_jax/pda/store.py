@@ -12,6 +12,9 @@ from flame_jax.pda.records import UserRecord
 from flame_jax.schema import FeatureSchema
 
 FORMAT = 1
+_TLS = {"ssl_ca_certs", "ssl_certfile", "ssl_keyfile"}
+SCHEMES = {"redis": {"db"}, "rediss": {"db", *_TLS}, "unix": {"db"}}
+"""Of a store's URL, and what its query may hold: anything else would change how the client works."""
 MAX_USER_KEY = 256
 """Bytes of a user's key in UTF-8 at most."""
 
@@ -22,11 +25,17 @@ def usable_key(user: str) -> bool:
 
 
 def redacted(url: str) -> str:
-    """A store's URL as it may be logged: without user, password and options."""
+    """A store's URL as it may be logged: without user, password and options, and nothing of what is none."""
     if not url:
         return ""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    try:
+        parts = urlsplit(url)
+        port = f":{parts.port}" if parts.port is not None else ""
+    except ValueError:
+        return "(hidden)"
+    if parts.scheme not in SCHEMES:
+        return "(hidden)"
+    return f"{parts.scheme}://{parts.hostname or ''}{port}{parts.path}"
 
 
 class StoreError(Exception):
@@ -39,7 +48,7 @@ class Fetched(NamedTuple):
     Attributes:
         user: None when the store has no such user, or none was asked for.
         items: structured[C] (`records.item_dtype`) in the order asked; each feature's default where not found.
-        found: bool[C].
+        found: bool[C], false where the store has no such item.
         user_lost: the store did not say whether it has the user.
         degraded: the store was not waited for: an item is too old, or a default for the moment, or `user_lost`.
     """
@@ -62,8 +71,11 @@ class Store(Protocol):
     name: str
     description: Description
 
-    async def fetch(self, user: str | None, item_ids: np.ndarray) -> Fetched:
+    async def fetch(self, user: str | None, item_ids: np.ndarray, *, patient: bool = False) -> Fetched:
         """Features of one user and of int64[n] items, sorted and distinct.
+
+        Args:
+            patient: no call waits for the answer, so it may come late.
 
         Raises:
             StoreError: the store doesn't answer.
@@ -80,14 +92,17 @@ class Description(NamedTuple):
     Attributes:
         dataset: what it holds.
         schema: whose features its records have.
+        number: of the import that made it, drawn by chance.
     """
 
     dataset: str
     schema: FeatureSchema
+    number: str = ""
 
     def to_bytes(self) -> bytes:
         """As a store holds it."""
-        return json.dumps({"format": FORMAT, "dataset": self.dataset, "schema": self.schema.to_json()}).encode()
+        said = {"format": FORMAT, "dataset": self.dataset, "number": self.number, "schema": self.schema.to_json()}
+        return json.dumps(said).encode()
 
     @classmethod
     def parse(cls, blob: bytes | None, store: str) -> Self:
@@ -107,7 +122,8 @@ class Description(NamedTuple):
         if said.get("format") != FORMAT:
             raise StoreError(f"store {store} has format {said.get('format')}, this program reads {FORMAT}")
         try:
-            return cls(str(said.get("dataset")), FeatureSchema.from_json(said["schema"]))
+            schema = FeatureSchema.from_json(said["schema"])
+            return cls(str(said.get("dataset")), schema, str(said.get("number", "")))
         except (ValueError, KeyError, TypeError) as error:
             raise StoreError(f"store {store} has a damaged description") from error
 

@@ -27,6 +27,7 @@ class Told:
         asked: user and items of every question.
         year: what items have now.
         error: what comes instead of answers.
+        damaged: items whose records are; so is the record of the user of this name.
     """
 
     name, description = "told", Description("test", SCHEMA)
@@ -35,6 +36,7 @@ class Told:
         self.asked: list[tuple[str | None, list[int]]] = []
         self.year = 1.0
         self.error: Exception | None = None
+        self.damaged: set[int] = set()
         self._answers = asyncio.Event()
         if at_once:
             self._answers.set()
@@ -45,12 +47,15 @@ class Told:
     def wait(self) -> None:
         self._answers.clear()
 
-    async def fetch(self, user: str | None, item_ids: np.ndarray) -> Fetched:
+    async def fetch(self, user: str | None, item_ids: np.ndarray, *, patient: bool = False) -> Fetched:
         assert (np.diff(item_ids) > 0).all()
+        assert not (patient and user), "only the background has time"
         self.asked.append((user, item_ids.tolist()))
         await self._answers.wait()
         if self.error is not None:
             raise self.error
+        if user == "damaged" or not self.damaged.isdisjoint(item_ids.tolist()):
+            raise CorruptRecord("damaged")
         rows = np.zeros(len(item_ids), item_dtype(SCHEMA))
         found = item_ids < KNOWN
         rows["id"], rows["year"] = item_ids, np.where(found, self.year, 0.0)
@@ -189,6 +194,7 @@ def test_in_async_calls_are_answered_without_the_store() -> None:
         assert (fetched.user, fetched.user_lost, fetched.degraded) == (None, True, True)
         await settle()
         store.error = None
+        query._rest_until = 0.0
         await query.fetch("u", ids(3, 4))
         await settle()
         healed = await query.fetch("u", ids(3, 4))
@@ -291,5 +297,65 @@ def test_closing_waits_for_what_is_under_way() -> None:
         store.answer()
         await closing
         assert (await call).user is not None
+
+    run(test)
+
+
+def test_the_background_rests_where_the_store_fails() -> None:
+    async def test() -> None:
+        store = Told()
+        store.error = StoreError("gone")
+        query = query_of(store, "async")
+        for _ in range(10):
+            await query.fetch("u", ids(3))
+            await settle()
+        assert [user for user, _ in store.asked].count(None) == 1
+
+    run(test)
+
+
+def test_somebody_elses_damaged_record_is_not_ours() -> None:
+    async def test() -> None:
+        store = Told(at_once=False)
+        query = query_of(store, "sync")
+        damaged = asyncio.create_task(query.fetch("damaged", ids(3, 4)))
+        await settle()
+        fine = asyncio.create_task(query.fetch("u", ids(4, 5)))
+        await settle()
+        store.answer()
+        with pytest.raises(CorruptRecord):
+            await damaged
+        assert (await fine).items["year"].tolist() == [1.0, 1.0]
+
+    run(test)
+
+
+def test_a_damaged_item_holds_up_no_others_in_the_background() -> None:
+    async def test() -> None:
+        store, clock = Told(), Clock()
+        store.damaged = {42}
+        query = query_of(store, "async", clock)
+        everything = np.arange(90)
+        await query.fetch("u", everything)
+        await settle()
+        fetched = await query.fetch("u", everything)
+        assert fetched.items["year"].tolist() == [float(item != 42) for item in everything.tolist()]
+        assert fetched.found.tolist() == [item != 42 for item in everything.tolist()]
+        assert not fetched.degraded, "not there for a while"
+        store.damaged = set()
+        later(clock, 11)
+        await query.fetch("u", ids(42))
+        await settle()
+        assert (await query.fetch("u", ids(42))).items["year"].tolist() == [1.0]
+
+    run(test)
+
+
+def test_what_was_not_asked_for_yet_is_not_missing() -> None:
+    async def test() -> None:
+        query = query_of(Told(), "async")
+        assert (await query.fetch("u", ids(3, 200))).found.tolist() == [True, True]
+        await settle()
+        assert (await query.fetch("u", ids(3, 200))).found.tolist() == [True, False]
 
     run(test)

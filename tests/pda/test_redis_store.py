@@ -24,13 +24,12 @@ from cryptography.x509.oid import NameOID
 from bench.pda.servers import Proxy, Server, running
 from flame_jax.data.load import load_store
 from flame_jax.feature_config import CacheConfig, StoreConfig
-from flame_jax.pda.lmdb_store import LmdbStore, LmdbWriter
+from flame_jax.pda.lmdb_store import LmdbStore
 from flame_jax.pda.query import FeatureQuery
 from flame_jax.pda.records import CorruptRecord
-from flame_jax.pda.redis_store import TRIES, RedisStore
-from flame_jax.pda.store import Description, StoreError
-from flame_jax.schema import FeatureSchema
-from tests.pda.stored import IDS, SCHEMA, YEARS, ids, write_store
+from flame_jax.pda.redis_store import LONGEST_PAUSE, TRIES, Gate, RedisStore
+from flame_jax.pda.store import StoreError
+from tests.pda.stored import IDS, YEARS, ids, write_store
 
 EVERY = ids(*sorted(IDS))
 TIMEOUT_MS = 60.0
@@ -281,8 +280,6 @@ def test_a_store_that_is_not_there_or_not_finished_is_one_line(tmp_path: Path) -
             asyncio.run(RedisStore.open(StoreConfig(url=empty)))
     with pytest.raises(StoreError, match="connecting to"):
         asyncio.run(RedisStore.open(StoreConfig(url=empty)))
-    with pytest.raises(StoreError, match=r"store\.url http"):
-        asyncio.run(RedisStore.open(StoreConfig(url="http://localhost")))
 
 
 def test_a_password_is_sent_and_never_said(tmp_path: Path) -> None:
@@ -298,6 +295,102 @@ def test_a_password_is_sent_and_never_said(tmp_path: Path) -> None:
             with pytest.raises(StoreError) as error:
                 asyncio.run(RedisStore.open(StoreConfig(url=wrong)))
             assert "wr0ng" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://:s3cret@localhost",
+        ":s3cret@localhost:1",
+        "s3cret",
+        "redis://:s3/cret@localhost:1",
+        "redis://:s3#cret@localhost:1",
+        "redis://:s\u2100cret@localhost:1",
+        "redis://:s3cret@[::1",
+        "redis://:s3cret@localhost:99999",
+        "redis://localhost:1?password=s3cret",
+        "redis://localhost:1/0?decode_responses=True",
+        "redis://:s3cret@localhost:1?ssl_ca_certs=/x",
+        "rediss://:s3cret@localhost:1?timeout=3",
+        "redis://:s3cret@localhost:1/first",
+        "unix://:s3cret@",
+    ],
+)
+def test_what_is_no_url_is_refused_and_not_repeated(url: str) -> None:
+    with pytest.raises(StoreError, match=r"store\.url") as error:
+        asyncio.run(RedisStore.open(StoreConfig(url=url)))
+    assert "cret" not in str(error.value)
+
+
+def test_a_server_that_repeats_what_it_was_sent_is_not_quoted(tmp_path: Path) -> None:
+    with running(tmp_path, "valkey", "--rename-command", "AUTH", "xx") as server:
+        url = server.url.replace("//", "//me:s3cret@")
+        with pytest.raises(StoreError, match="answers with ResponseError") as error:
+            asyncio.run(RedisStore.open(StoreConfig(url=url)))
+        assert "s3cret" not in str(error.value)
+
+
+def test_a_store_slower_than_calls_wait_still_fills_the_cache(server: Server) -> None:
+    async def run() -> None:
+        proxy = Proxy(server.port)
+        async with opened(server, proxy, timeout_ms=20.0) as store:
+            query = FeatureQuery(store, CacheConfig("async"))
+            proxy.delay = 0.04
+            for _ in range(50):
+                fetched = await query.fetch("u", EVERY)
+                assert fetched.user_lost
+                await asyncio.sleep(0.01)
+            assert fetched.items["year"].tolist() == [YEARS[item] for item in EVERY.tolist()]
+
+    asyncio.run(run())
+
+
+def test_more_time_than_a_second_is_given_where_it_is_allowed(server: Server) -> None:
+    async def run() -> None:
+        proxy = Proxy(server.port)
+        async with opened(server, proxy, timeout_ms=3000.0) as store:
+            proxy.delay = 1.2
+            await right(store)
+
+    asyncio.run(run())
+
+
+def test_the_gate_closes_on_failures_in_a_row_and_lets_one_in_a_while_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("flame_jax.pda.redis_store.time.monotonic", lambda: now)
+    gate, error = Gate("store"), StoreError("late")
+
+    def closed() -> bool:
+        try:
+            gate.enter()
+        except StoreError:
+            return True
+        return False
+
+    burst = [gate.enter() for _ in range(50)]
+    now += 0.01
+    gate.succeeded()
+    for begun in burst:
+        gate.failed(begun, error)
+    assert not closed(), "one of the burst was answered"
+    now += 0.01
+    for _ in range(TRIES):
+        assert not closed()
+        gate.failed(gate.enter(), error)
+    assert closed()
+    let_through = []
+    for _ in range(600):
+        now += 0.01
+        if not closed():
+            let_through.append(now)
+            for _ in range(20):
+                gate.failed(now, error)  # others that began before, too
+    waits = np.diff(let_through)
+    assert 5 <= len(let_through) <= 20
+    assert waits.max() <= LONGEST_PAUSE + 0.011
+    assert waits[-1] >= LONGEST_PAUSE / 2
+    gate.succeeded()
+    assert not closed()
 
 
 def certificate(folder: Path) -> tuple[str, str]:
@@ -340,68 +433,3 @@ def test_tls_is_spoken_with_whoever_the_certificate_names(server: Server, tmp_pa
         await asyncio.sleep(0.01)
 
     asyncio.run(run())
-
-
-# Loading
-
-
-class Interrupted(Exception):
-    """The copy breaks off."""
-
-
-def test_a_copy_that_broke_off_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_store(tmp_path / "lmdb")
-    monkeypatch.setattr("flame_jax.data.load.BATCH", 2)
-    with running(tmp_path) as server, closing(LmdbStore(tmp_path / "lmdb")) as source:
-        config, total = StoreConfig(url=server.url), 3 + len(IDS) + 2
-        for stop in (0, 1, 2, 3, 5):
-            with redis.Redis.from_url(server.url) as client:
-                client.flushall()
-            calls, whole = 0, source.raw
-
-            def some(table: str, after: bytes = b"", stop: int = stop) -> Iterator[tuple[bytes, bytes]]:
-                nonlocal calls
-                for pair in whole(table, after):  # noqa: B023
-                    if calls == 2 * stop:
-                        raise Interrupted
-                    calls += 1
-                    yield pair
-
-            with monkeypatch.context() as patch:
-                patch.setattr(source, "raw", some)
-                with pytest.raises(Interrupted):
-                    load_store(source, config)
-            with pytest.raises(StoreError, match="incomplete"):
-                asyncio.run(RedisStore.open(config))
-            written = load_store(source, config)
-            assert total - 2 * stop <= written <= total - 2 * stop + 2
-            asyncio.run(_checked(config))
-        assert load_store(source, config) == total, "a finished one is refreshed"
-
-
-async def _checked(config: StoreConfig) -> None:
-    store = await RedisStore.open(config)
-    await right(store)
-    await store.aclose()
-
-
-def test_a_copy_does_not_mix_two_stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_store(tmp_path / "lmdb")
-    other = FeatureSchema(actions=4)
-    with LmdbWriter(tmp_path / "other", other) as writer:
-        writer.finish("other")
-    with running(tmp_path) as server, redis.Redis.from_url(server.url) as client:
-        config = StoreConfig(url=server.url)
-        with closing(LmdbStore(tmp_path / "lmdb")) as source, closing(LmdbStore(tmp_path / "other")) as stranger:
-            client.set("flame:description", Description("test", SCHEMA).to_bytes())
-            with pytest.raises(StoreError, match="another feature schema"):
-                load_store(stranger, config)
-            client.flushall()
-            for mark in (b"?", b'["0", 3, "users", ""]', b"[1]"):
-                client.set("flame:loading", mark)
-                with pytest.raises(StoreError, match="something else"):
-                    load_store(source, config)
-            load_store(source, config, restart=True)
-            assert client.get("flame:loading") is None
-    with closing(LmdbStore(tmp_path / "lmdb")) as source, pytest.raises(StoreError, match="connecting to"):
-        load_store(source, config)

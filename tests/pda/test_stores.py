@@ -33,7 +33,7 @@ def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         yield StoreConfig(str(folder / "lmdb"))
         return
     with running(folder, request.param) as server:
-        found = StoreConfig(url=server.url, prefix="shop:é", timeout_ms=2000)
+        found = StoreConfig(url=server.url, prefix="shop.é", timeout_ms=2000)
         source = LmdbStore(folder / "lmdb")
         assert load_store(source, found) == len(HISTORIES) + len(IDS) + 2
         source.close()
