@@ -49,16 +49,22 @@ class ItemCache:
 
     Args:
         clock: nanoseconds.
+        entries: at most, in place of `config.mib`.
     """
 
     def __init__(
-        self, schema: FeatureSchema, config: CacheConfig, clock: Callable[[], int] = time.monotonic_ns
+        self,
+        schema: FeatureSchema,
+        config: CacheConfig,
+        clock: Callable[[], int] = time.monotonic_ns,
+        entries: int | None = None,
     ) -> None:
         self._features, self._clock = schema.stored_item_features, clock
         self._dtype = np.dtype([("expires", "<i8"), ("found", "?"), ("row", item_dtype(schema))])
         self._lives = np.array([config.absent_ttl_seconds, config.ttl_seconds]) * 1e9
         self._entry_bytes = self._dtype.itemsize + OVERHEAD
-        self._entries: cachebox.LRUCache[int, bytes] = cachebox.LRUCache(config.mib * 2**20 // self._entry_bytes)
+        room = config.mib * 2**20 // self._entry_bytes if entries is None else entries
+        self._entries: cachebox.LRUCache[int, bytes] = cachebox.LRUCache(room)
         self._random = np.random.default_rng()
         self._hits = self._stale = self._misses = self._evictions = 0
 

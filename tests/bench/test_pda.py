@@ -1,0 +1,88 @@
+"""The benchmarks of the feature path, small: what they compute and count, not how fast it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench.pda import __main__ as command
+from bench.pda import assembly, faults, host_rows, staleness
+from flame_jax.pda.records import UserRecord, feature_row, item_dtype
+from flame_jax.pda.store import Fetched
+
+
+def test_assembly_has_a_row_for_every_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assembly, "keys_of", lambda ids, random: np.arange(1, 1000, 1 if ids == "dense" else 3))
+    cases = [assembly.Case(64, 64, ids, 1.0) for ids in ("dense", "5 million")]
+    result = assembly.assembly(lambda _: None, cases, count=2)
+    assert [(row["ids"], row["record_p50_us"] > 0) for row in result["assembly"]] == [
+        ("dense", True),
+        ("5 million", True),
+    ]
+    assert assembly.table(result["assembly"]).count("\n") == 3
+
+
+def test_rows_of_a_table_are_copied_with_every_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_rows, "TOKENS", 3000)
+    monkeypatch.setattr(host_rows, "BATCHES", 2)
+    monkeypatch.setattr(host_rows, "STEP", 999)
+    result = host_rows.host_rows(lambda _: None, rows=5000)
+    assert {(row["asked"], row["threads"]) for row in result["host_rows"]} == {
+        (asked, threads) for asked in ("uniform", "Zipf 1.0") for threads in host_rows.THREADS
+    }
+    assert host_rows.table(result).count("\n") == 7
+
+
+def test_calls_are_counted_under_faults_and_none_gets_anothers_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = {"none", "hangs"}
+    chosen = [scenario for scenario in faults._scenarios() if scenario.name in wanted]
+    monkeypatch.setattr(faults, "_scenarios", lambda: chosen)
+    result = faults.faults(lambda _: None, seconds=0.3, calls=200)
+    rows = {(row["scenario"], row["mode"]): row for row in result["faults"]}
+    assert rows.keys() == {(name, mode) for name in wanted for mode in faults.MODES}
+    assert sum(row["wrong"] for row in rows.values()) == 0
+    assert all(row["recovery_seconds"] < 2 for row in rows.values())
+    assert rows["hangs", "sync"]["failed"] > 0.9
+    assert rows["hangs", "async"]["failed"] == 0
+    assert result["cancels"]["calls"] == 200
+    assert result["cancels"]["wrong"] == 0
+    assert faults.table(result).count("\n") == 5
+
+
+def test_a_value_of_another_key_is_told() -> None:
+    items = np.zeros(2, item_dtype(faults.SCHEMA))
+    asked = np.array([3, 4])
+    items["id"] = items["number"] = asked
+    record = UserRecord(faults._history(5), feature_row((), {}))
+    whole = Fetched(record, items, np.ones(2, bool))
+    assert faults.own(whole, 5, asked)
+    assert not faults.own(whole, 6, asked), "another user's events"
+    assert not faults.own(whole._replace(user=None), 5, asked), "a user who is there"
+    assert faults.own(whole._replace(user=None, user_lost=True, degraded=True), 5, asked)
+    other = items.copy()
+    other["number"] = 9, 4
+    assert not faults.own(whole._replace(items=other), 5, asked), "another item's number"
+    other["number"] = 0, 4
+    assert not faults.own(whole._replace(items=other), 5, asked), "a default, and not degraded"
+    assert faults.own(whole._replace(items=other, degraded=True), 5, asked)
+
+
+def test_the_table_of_staleness_shows_what_was_not_waited_for() -> None:
+    row = {"case": "all", "auc": 0.75, "user_auc": 0.5, "log_loss": 1.0}
+    lines = staleness.table([row, row | {"degraded": 0.5, "stale": 0.25, "defaults": 0.125}]).splitlines()
+    assert lines[-2:] == [
+        "| all | 0% | 0.0% | 0.0% | 0.7500 | 0.5000 | 1.0000 |",
+        "| all | 50% | 25.0% | 12.5% | 0.7500 | 0.5000 | 1.0000 |",
+    ]
+
+
+def test_the_command_writes_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(command.MODES, "rows", lambda: {"found": 1})
+    command.main(["--rows", "--out", str(tmp_path), "--commit", "abc"])
+    saved = json.loads((tmp_path / "rows.json").read_text())
+    assert (saved["found"], saved["commit"], saved["command"]) == (1, "abc", "python -m bench.pda --rows --out DIR")
+    with pytest.raises(SystemExit):
+        command.main([])
