@@ -129,7 +129,7 @@ def expect(
             column[where.candidate_start + k - (tokens - len(column))] = number
 
 
-@settings(max_examples=150)
+@settings(max_examples=90)
 @given(schemas(), st.data())
 def test_written_pieces_leave_exactly_their_values_in_the_slot(schema: FeatureSchema, data: st.DataObject) -> None:
     records = RecordLayout(schema)

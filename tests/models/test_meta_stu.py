@@ -55,7 +55,7 @@ def oracle(x: np.ndarray, history: int) -> np.ndarray:
     return hstu.stack(params, x, settings=about, times=np.zeros(history, np.int64), request_time=0, history=history)
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(
     shapes=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 9)), min_size=1, max_size=4),
     seed=st.integers(0, 2**32 - 1),

@@ -50,7 +50,7 @@ def without_histories(rows: np.ndarray, bucket: Bucket, align: int) -> tuple[np.
     return np.asarray(histories_elsewhere(jnp.asarray(rows), align)), Bucket(*[bucket.candidates] * 2)
 
 
-@settings(max_examples=30)
+@settings(max_examples=18)
 @given(
     shapes=extents,
     align=st.sampled_from([16, 64]),

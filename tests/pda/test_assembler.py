@@ -171,7 +171,7 @@ def reference(schema: FeatureSchema, case: Case) -> tuple[list[int], FeatureRepo
     return words, report
 
 
-@settings(max_examples=250)
+@settings(max_examples=120)
 @given(schemas(), st.data())
 def test_a_record_and_its_report_are_those_of_the_reference(schema: FeatureSchema, data: st.DataObject) -> None:
     case = data.draw(cases(schema))
