@@ -26,7 +26,8 @@ from flame_jax.fke.signing import KeyFileError, TrustedKeys
 from flame_jax.pda import affinity
 from flame_jax.pda.open import open_store
 from flame_jax.pda.query import FeatureQuery
-from flame_jax.pda.store import Store, StoreError, redacted
+from flame_jax.pda.store import Store, StoreError
+from flame_jax.pda.store_url import redacted
 from flame_jax.schema import FeatureSchema
 from flame_jax.server.background import any_running, in_background
 from flame_jax.server.control import CONTROL, ModelControl

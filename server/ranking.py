@@ -164,7 +164,7 @@ class RankingService:
             wanted = request.candidates if live.schema.fetches_items else request.candidates[:0]
             fetched = await self._query.fetch(request.user, wanted)
         except StoreError as error:
-            log.debug("%s", error)  # the store says itself when it goes down
+            log.debug("%s", error)  # the store itself has said what is wrong
             raise RankError(Fault.STORE_UNAVAILABLE) from None
         except CorruptRecord:
             log.exception("the store holds a damaged record")

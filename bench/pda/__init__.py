@@ -1,1 +1,1 @@
-"""What features cost: assembly, the cache's library, and stores under faults."""
+"""What features cost: their assembly, rows of host tables, stores that fail, and answers that do not wait for them."""

@@ -10,7 +10,7 @@ import random
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,9 +18,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from bench.pda.servers import Proxy, Server, running
-from flame_jax.data.load import load_store
 from flame_jax.feature_config import CacheConfig, StoreConfig
-from flame_jax.pda.lmdb_store import LmdbStore, LmdbWriter
+from flame_jax.pda.lmdb_store import LmdbWriter
 from flame_jax.pda.query import FeatureQuery
 from flame_jax.pda.records import feature_row, item_dtype
 from flame_jax.pda.redis_store import RedisStore
@@ -30,6 +29,8 @@ from flame_jax.schema import Feature, FeatureSchema
 
 SCHEMA = FeatureSchema(actions=1, item_features=(Feature("number", "numeric"),))
 ITEMS, USERS, CANDIDATES = 2000, 100, 50
+STORE = "lmdb"
+"""Folder of what servers are filled with, in theirs."""
 TIMEOUT_MS = 20.0
 IN_TIME = 0.05
 """Seconds that a call may take for its features."""
@@ -45,10 +46,6 @@ class Scenario(NamedTuple):
     spoil: Callable[[Proxy, Server], Awaitable[None]]
 
 
-async def _slow(seconds: float, proxy: Proxy) -> None:
-    proxy.delay = seconds
-
-
 async def _killed(server: Server) -> None:
     await asyncio.to_thread(server.stop)
 
@@ -60,10 +57,10 @@ async def _set(proxy: Proxy, name: str, value: object) -> None:
 def _scenarios() -> list[Scenario]:
     chance = random.Random(0)
     return [
-        Scenario("none", lambda proxy, _: _slow(0.0, proxy)),
-        Scenario("+5 ms", lambda proxy, _: _slow(0.005, proxy)),
-        Scenario("+20 ms", lambda proxy, _: _slow(0.02, proxy)),
-        Scenario("+100 ms", lambda proxy, _: _slow(0.1, proxy)),
+        Scenario("none", lambda proxy, _: _set(proxy, "delay", 0.0)),
+        Scenario("+5 ms", lambda proxy, _: _set(proxy, "delay", 0.005)),
+        Scenario("+20 ms", lambda proxy, _: _set(proxy, "delay", 0.02)),
+        Scenario("+100 ms", lambda proxy, _: _set(proxy, "delay", 0.1)),
         Scenario("1 % of answers are resets", lambda p, _: _set(p, "reset", lambda _: chance.random() < 0.01)),
         Scenario("answers in pieces of 100 bytes", lambda proxy, _: _set(proxy, "slices", 100)),
         Scenario("hangs", lambda proxy, _: _set(proxy, "hang", True)),
@@ -148,7 +145,8 @@ async def _scenario(
         await asyncio.gather(*(caller() for _ in range(AT_ONCE)))
         proxy.delay, proxy.hang, proxy.slices, proxy.reset = 0.0, False, 0, lambda _: False
         if server.process is None:
-            await asyncio.to_thread(_filled, server)
+            await asyncio.to_thread(server.start)
+            await asyncio.to_thread(server.fill, server.folder / STORE)
         recovery = await _recovered(query)
     return {
         "scenario": scenario.name,
@@ -173,12 +171,6 @@ async def _recovered(query: FeatureQuery) -> float:
             pass
         await asyncio.sleep(0.005)
     return time.monotonic() - begun
-
-
-def _filled(server: Server) -> None:
-    server.start()
-    with closing(LmdbStore(server.folder / "lmdb")) as source:
-        load_store(source, StoreConfig(url=server.url))
 
 
 async def _cancels(server: Server, calls: int) -> dict[str, Any]:
@@ -208,18 +200,16 @@ def faults(progress: Callable[[str], None], seconds: float = 5.0, calls: int = 2
     """A row per scenario and mode, and the count of wrong values among cancelled calls."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        write(Path(folder, "lmdb"))
+        write(Path(folder, STORE))
         for scenario in _scenarios():
             for mode in MODES:
                 with running(Path(folder)) as server:
-                    server.stop()
-                    _filled(server)
+                    server.fill(server.folder / STORE)
                     rows.append(asyncio.run(_scenario(scenario, mode, server, seconds)))
                 row = rows[-1]
                 progress(f"{scenario.name}, {mode}: {row['in_time']:.2%} in time, {row['wrong']} wrong")
         with running(Path(folder)) as server:
-            server.stop()
-            _filled(server)
+            server.fill(server.folder / STORE)
             cancels = asyncio.run(_cancels(server, calls))
     progress(f"{cancels['calls']} calls, {cancels['cancelled']} cancelled: {cancels['wrong']} wrong")
     return {"faults": rows, "cancels": cancels}

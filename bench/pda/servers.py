@@ -10,9 +10,13 @@ import ssl
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from flame_jax.data.load import load_store
+from flame_jax.feature_config import StoreConfig
+from flame_jax.pda.lmdb_store import LmdbStore
 
 VALKEY = "valkey"
 KINDS = [VALKEY, *(["redis-server"] if shutil.which("redis-server") else [])]
@@ -68,6 +72,11 @@ class Server:
                 assert self.process.poll() is None, "the server ended"
                 assert time.monotonic() < deadline, "the server does not start"
                 time.sleep(0.01)
+
+    def fill(self, store: Path, url: str = "") -> None:
+        """Copy a finished LMDB store to it; by another URL than its own, if it wants a password."""
+        with closing(LmdbStore(store)) as source:
+            load_store(source, StoreConfig(url=url or self.url))
 
     def stop(self) -> None:
         """Kill it."""

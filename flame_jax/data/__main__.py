@@ -20,7 +20,8 @@ from flame_jax.data.errors import DataError, require_pyarrow
 from flame_jax.data.known import DATASETS
 from flame_jax.feature_config import DataConfig, StoreConfig
 from flame_jax.pda.lmdb_store import LmdbStore
-from flame_jax.pda.store import StoreError, redacted
+from flame_jax.pda.store import StoreError
+from flame_jax.pda.store_url import redacted
 
 PROG = "python -m flame_jax.data"
 URL = "FLAME_STORE__URL"

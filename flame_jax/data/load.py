@@ -12,7 +12,8 @@ from tqdm import tqdm
 from flame_jax.feature_config import StoreConfig
 from flame_jax.pda.lmdb_store import LmdbStore
 from flame_jax.pda.redis_store import Keys, options, told
-from flame_jax.pda.store import Description, StoreError, redacted
+from flame_jax.pda.store import Description, StoreError
+from flame_jax.pda.store_url import redacted
 
 if TYPE_CHECKING:
     from redis import Redis

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import uuid
 from collections.abc import Iterable, Iterator
@@ -27,6 +28,8 @@ from flame_jax.pda.store import MAX_USER_KEY, Description, Fetched, StoreError
 from flame_jax.request import History
 from flame_jax.schema import FeatureSchema
 
+log = logging.getLogger(__name__)
+
 _TABLES = ("users", "items", "titles", "meta")
 _META = b"meta"
 _MAP_SIZE = 1 << 40  # address space, not disk: LMDB grows its file as needed
@@ -51,8 +54,8 @@ class LmdbStore:
     """
 
     def __init__(self, path: str | Path, schema: FeatureSchema | None = None) -> None:
-        self._env, tables = _open(Path(path), write=False)
-        self._users, self._items, self._titles, self._meta = (tables[name] for name in _TABLES)
+        self._env, self._tables = _open(Path(path), write=False)
+        self._users, self._items, self._titles, self._meta = (self._tables[name] for name in _TABLES)
         self.name = str(path)
         try:
             with self._env.begin(self._meta) as txn:
@@ -87,6 +90,7 @@ class LmdbStore:
                     stored = np.frombuffer(b"".join(map(itemgetter(0), pairs)), "<i8")
                     rows = join_rows(list(map(itemgetter(1), pairs)), self._item_dtype, self._item_features)
         except lmdb.Error as error:
+            log.error("store %s: %s", self.name, error)
             raise StoreError(f"LMDB read failed: {error}") from error
         if (rows["id"] != stored).any():
             raise CorruptRecord("item record belongs to another item")
@@ -107,11 +111,11 @@ class LmdbStore:
     def count(self, table: str) -> int:
         """Values of a table: `users`, `items` or `titles`."""
         with self._env.begin() as txn:
-            return int(txn.stat(self._env.open_db(table.encode(), txn, create=False))["entries"])
+            return int(txn.stat(self._tables[table])["entries"])
 
     def raw(self, table: str, after: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
         """A table's keys and values as they are stored, in the order of the keys, from the one after `after` on."""
-        with self._env.begin(self._env.open_db(table.encode(), create=False)) as txn, txn.cursor() as cursor:
+        with self._env.begin(self._tables[table]) as txn, txn.cursor() as cursor:
             found = cursor.set_range(after) if after else cursor.first()
             if found and cursor.key() == after:
                 found = cursor.next()

@@ -36,7 +36,7 @@ class FeatureQuery:
         self._store, self._mode = store, config.mode
         self.cache = ItemCache(store.description.schema, config) if config.mode != "off" else None
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._flights: dict[int, asyncio.Task[tuple[np.ndarray, Fetched]]] = {}
+        self._flights: dict[int, asyncio.Task[Fetched]] = {}
         self._waiting: dict[int, None] = {}
         self._refreshing = False
         self._rest_until = 0.0
@@ -51,7 +51,7 @@ class FeatureQuery:
         """
         ids, place = np.unique(candidates, return_inverse=True)
         if self.cache is None:
-            _, fetched = await self._ask(user, ids)
+            fetched = await self._ask(user, ids)
             return Fetched(fetched.user, fetched.items[place], fetched.found[place])
         held = self.cache.lookup(ids)
         if self._mode == "sync":
@@ -61,30 +61,29 @@ class FeatureQuery:
     async def _fetch_sync(self, user: str, ids: np.ndarray, place: np.ndarray, held: Lookup) -> Fetched:
         """What is missing or too old comes with the user, or with whatever another call has asked for already."""
         lacking = ids[~held.fresh]
-        flying = [task for item in lacking.tolist() if (task := self._flights.get(item)) is not None]
-        asked = lacking
-        if flying:
-            asked = np.array([item for item in lacking.tolist() if item not in self._flights], np.int64)
-        waits = [self._ask(user, asked), *map(asyncio.shield, dict.fromkeys(flying))]
+        flying = {item: self._flights[item] for item in lacking.tolist() if item in self._flights}
+        asked = np.array([item for item in lacking.tolist() if item not in flying], np.int64) if flying else lacking
+        waits = [self._ask(user, asked), *map(asyncio.shield, dict.fromkeys(flying.values()))]
         own, *others = await asyncio.gather(*waits, return_exceptions=True)
         if isinstance(own, BaseException):
             raise own
         answers = [own]
         for other in others:
-            if isinstance(other, CorruptRecord):  # perhaps its user's, who is none of ours
-                answers.append(await self._ask(None, lacking))
-            elif isinstance(other, BaseException):
-                raise other
-            else:
+            if isinstance(other, Fetched):
                 answers.append(other)
+            elif not isinstance(other, CorruptRecord):
+                raise other
+        if len(answers) <= len(others):  # a damaged record, perhaps their user's, who is none of ours
+            answers.append(await self._ask(None, lacking))
         rows, found = held.rows, held.found
         if len(lacking):
             rows, found = rows.copy(), found.copy()
-            for theirs, fetched in answers:
+            for fetched in answers:
+                theirs = fetched.items["id"]
                 common = np.isin(theirs, lacking, assume_unique=True)
                 at = np.searchsorted(ids, theirs[common])
                 rows[at], found[at] = fetched.items[common], fetched.found[common]
-        return Fetched(own[1].user, rows[place], found[place])
+        return Fetched(own.user, rows[place], found[place])
 
     async def _fetch_async(self, user: str, ids: np.ndarray, place: np.ndarray, held: Lookup) -> Fetched:
         """What there is; the rest is asked for in the background."""
@@ -92,8 +91,7 @@ class FeatureQuery:
             self._refresh(ids[~held.fresh].tolist())
         record, lost = None, False
         try:
-            _, fetched = await self._ask(user, ids[:0])
-            record = fetched.user
+            record = (await self._ask(user, ids[:0])).user
         except StoreError as error:
             log.debug("scored without the user's record: %s", error)
             lost = True
@@ -101,9 +99,7 @@ class FeatureQuery:
         found = held.found | ~held.known  # what has not been asked for is not known to lack
         return Fetched(record, held.rows[place], found[place], lost, degraded)
 
-    def _ask(
-        self, user: str | None, ids: np.ndarray, *, patient: bool = False
-    ) -> asyncio.Future[tuple[np.ndarray, Fetched]]:
+    def _ask(self, user: str | None, ids: np.ndarray, *, patient: bool = False) -> asyncio.Future[Fetched]:
         task = self._start(self._load(user, ids, patient))
         if self.cache is not None and not task.done():
             for item in ids.tolist():
@@ -111,16 +107,16 @@ class FeatureQuery:
             task.add_done_callback(lambda done: self._landed(done, ids))
         return asyncio.shield(task)
 
-    def _landed(self, task: asyncio.Task[tuple[np.ndarray, Fetched]], ids: np.ndarray) -> None:
+    def _landed(self, task: asyncio.Task[Fetched], ids: np.ndarray) -> None:
         for item in ids.tolist():
             if self._flights.get(item) is task:
                 del self._flights[item]
 
-    async def _load(self, user: str | None, ids: np.ndarray, patient: bool) -> tuple[np.ndarray, Fetched]:
+    async def _load(self, user: str | None, ids: np.ndarray, patient: bool) -> Fetched:
         fetched = await self._store.fetch(user, ids, patient=patient)
         if self.cache is not None and len(ids):
             self.cache.put(ids, fetched.items, fetched.found)
-        return ids, fetched
+        return fetched
 
     def _refresh(self, items: Iterable[int]) -> None:
         room = WAITING - len(self._waiting)

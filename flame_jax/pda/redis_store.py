@@ -9,13 +9,13 @@ import random
 import time
 from collections.abc import Awaitable
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
-from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 
 from flame_jax.feature_config import StoreConfig
 from flame_jax.pda.records import decode_items, decode_user, item_dtype, join_rows, user_dtype
-from flame_jax.pda.store import SCHEMES, Description, Fetched, StoreError, redacted
+from flame_jax.pda.store import Description, Fetched, StoreError
+from flame_jax.pda.store_url import misfit, redacted
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
@@ -188,28 +188,6 @@ def options(url: str, seconds: float) -> dict[str, Any]:
     if reason := misfit(url):
         raise StoreError(f"store.url {redacted(url)}: {reason}")
     return {"socket_connect_timeout": seconds, "socket_timeout": seconds}
-
-
-def misfit(url: str) -> str:
-    """Why this is no URL of a store; empty where it is one. Says nothing of what it holds, which may be a password."""
-    try:
-        parts = urlsplit(url)
-        known = SCHEMES.get(parts.scheme)
-        given = parse_qs(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
-        _ = parts.port
-    except ValueError:
-        return "it is no URL; a password's /, ?, # and @ are written %2F, %3F, %23 and %40"
-    if known is None:
-        return f"it begins with none of {', '.join(f'{scheme}://' for scheme in SCHEMES)}"
-    if unknown := sorted(set(given) - known):
-        return f"its query has options beside {', '.join(sorted(known))}: {len(unknown)}"
-    databases = given.get("db", [])
-    if parts.scheme == "unix":
-        if not parts.path:
-            return "it names no socket"
-    elif named := parts.path.strip("/"):
-        databases = [*databases, named]
-    return "" if all(name.isdecimal() for name in databases) else "its database is no number"
 
 
 async def _answer(call: Awaitable[Any], seconds: float, name: str) -> Any:

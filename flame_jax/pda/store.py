@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from typing import NamedTuple, Protocol, Self
-from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -12,9 +11,6 @@ from flame_jax.pda.records import UserRecord
 from flame_jax.schema import FeatureSchema
 
 FORMAT = 1
-_TLS = {"ssl_ca_certs", "ssl_certfile", "ssl_keyfile"}
-SCHEMES = {"redis": {"db"}, "rediss": {"db", *_TLS}, "unix": {"db"}}
-"""Of a store's URL, and what its query may hold: anything else would change how the client works."""
 MAX_USER_KEY = 256
 """Bytes of a user's key in UTF-8 at most."""
 
@@ -22,20 +18,6 @@ MAX_USER_KEY = 256
 def usable_key(user: str) -> bool:
     """Whether a request may name a user by this key: 1 to 256 bytes of UTF-8, no control characters."""
     return 0 < len(user.encode()) <= MAX_USER_KEY and not any(ord(c) < 32 or ord(c) == 127 for c in user)
-
-
-def redacted(url: str) -> str:
-    """A store's URL as it may be logged: without user, password and options, and nothing of what is none."""
-    if not url:
-        return ""
-    try:
-        parts = urlsplit(url)
-        port = f":{parts.port}" if parts.port is not None else ""
-    except ValueError:
-        return "(hidden)"
-    if parts.scheme not in SCHEMES:
-        return "(hidden)"
-    return f"{parts.scheme}://{parts.hostname or ''}{port}{parts.path}"
 
 
 class StoreError(Exception):

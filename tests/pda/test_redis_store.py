@@ -22,9 +22,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from bench.pda.servers import Proxy, Server, running
-from flame_jax.data.load import load_store
 from flame_jax.feature_config import CacheConfig, StoreConfig
-from flame_jax.pda.lmdb_store import LmdbStore
 from flame_jax.pda.query import FeatureQuery
 from flame_jax.pda.records import CorruptRecord
 from flame_jax.pda.redis_store import LONGEST_PAUSE, TRIES, Gate, RedisStore
@@ -35,18 +33,11 @@ EVERY = ids(*sorted(IDS))
 TIMEOUT_MS = 60.0
 
 
-def fill(folder: Path, url: str) -> None:
-    """Copy the small store to a server."""
-    if not (folder / "lmdb").is_dir():
-        write_store(folder / "lmdb")
-    with closing(LmdbStore(folder / "lmdb")) as source:
-        load_store(source, StoreConfig(url=url))
-
-
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
+    write_store(tmp_path / "lmdb")
     with running(tmp_path) as found:
-        fill(tmp_path, found.url)
+        found.fill(tmp_path / "lmdb")
         yield found
 
 
@@ -120,7 +111,7 @@ def test_a_store_that_is_killed_comes_back(server: Server, tmp_path: Path, caplo
             for _ in range(20):
                 assert await failing(store.fetch("u", EVERY)) < 3 * TIMEOUT_MS / 1e3
             await asyncio.to_thread(server.start)
-            await asyncio.to_thread(fill, tmp_path, server.url)
+            await asyncio.to_thread(server.fill, tmp_path / "lmdb")
             await recovered(store, 2.0)
 
     asyncio.run(run())
@@ -283,9 +274,10 @@ def test_a_store_that_is_not_there_or_not_finished_is_one_line(tmp_path: Path) -
 
 
 def test_a_password_is_sent_and_never_said(tmp_path: Path) -> None:
+    write_store(tmp_path / "lmdb")
     with running(tmp_path, "valkey", "--requirepass", "s3cret") as server:
         known = server.url.replace("//", "//:s3cret@")
-        fill(tmp_path, known)
+        server.fill(tmp_path / "lmdb", known)
         with asyncio.Runner() as runner:
             opened = runner.run(RedisStore.open(StoreConfig(url=known)))
             assert "s3cret" not in opened.name

@@ -194,6 +194,12 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("FLAME_")}
 
 
+def to_end(*flags: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A server that does not start, once it has ended."""
+    around = {**environment(), **variables}
+    return subprocess.run(command(*flags), capture_output=True, text=True, timeout=120, env=around)
+
+
 def serving(files: Files, log: Path, *flags: str) -> contextlib.AbstractContextManager[Server]:
     """A server of these files on free ports, see `running`."""
     return running(log, *files.flags(), "--server.port", "0", "--server.metrics_port", "0", *flags)

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import socket
-import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +23,7 @@ from flame_jax.request import History
 from flame_jax.schema import FeatureSchema
 from flame_jax.server.errors import Fault
 from tests.packed import EPOCH
-from tests.server.live import ITEMS, Files, Server, command, environment, serving
+from tests.server.live import ITEMS, Files, Server, serving, to_end
 
 NOW = EPOCH + 2 * 10**6
 FREE = ["--server.port", "0", "--server.metrics_port", "0"]
@@ -32,13 +31,7 @@ FREE = ["--server.port", "0", "--server.metrics_port", "0"]
 
 def fails(flags: list[str], **env: str) -> str:
     """Start a server that must not start; returns its one line on stderr, the log left out."""
-    run = subprocess.run(
-        command(*flags, "--server.log_level", "ERROR"),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**environment(), **env},
-    )
+    run = to_end(*flags, "--server.log_level", "ERROR", **env)
     assert run.returncode not in (0, -6, -11)
     assert run.stdout == ""
     lines = run.stderr.strip().splitlines()
@@ -247,13 +240,7 @@ def test_every_thread_stays_on_the_cores_that_are_named(files: Files, tmp_path: 
 
 
 def test_cores_that_are_not_there_are_refused(files: Files) -> None:
-    done = subprocess.run(
-        command(*files.flags(), "--server.cores", "100000"),
-        capture_output=True,
-        text=True,
-        env=environment(),
-        timeout=60,
-    )
+    done = to_end(*files.flags(), "--server.cores", "100000")
     assert done.returncode == 1
     assert "server.cores 100000 names no core" in done.stderr
     assert "Traceback" not in done.stderr

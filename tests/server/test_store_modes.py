@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 
 import grpc
@@ -14,10 +12,7 @@ import pytest
 
 from bench.pda import servers
 from flame_jax.client import RankingClient
-from flame_jax.data.load import load_store
-from flame_jax.feature_config import StoreConfig
-from flame_jax.pda.lmdb_store import LmdbStore
-from tests.server.live import ITEMS, Files, command, environment, serving
+from tests.server.live import ITEMS, Files, serving, to_end
 from tests.server.test_rank import NOW, check, expected
 
 RECOVERY_SECONDS = 2.0
@@ -26,13 +21,8 @@ RECOVERY_SECONDS = 2.0
 @pytest.fixture
 def valkey(tmp_path: Path, files: Files) -> Iterator[servers.Server]:
     with servers.running(tmp_path) as server:
-        fill(server, files)
+        server.fill(files.store)
         yield server
-
-
-def fill(server: servers.Server, files: Files) -> None:
-    with closing(LmdbStore(files.store)) as source:
-        load_store(source, StoreConfig(url=server.url))
 
 
 def flags(server: servers.Server, mode: str) -> list[str]:
@@ -87,7 +77,7 @@ def test_in_async_calls_go_on_without_the_store_and_say_so(
             check(answer, expected(files, "nobody", ITEMS[:9]))
         assert sorted(seconds)[90] < 0.1
         valkey.start()
-        fill(valkey, files)
+        valkey.fill(files.store)
         settled(client, "u7", ITEMS[:9], RECOVERY_SECONDS)
         check(client.rank("u7", ITEMS[:9], request_time=NOW), expected(files, "u7", ITEMS[:9]))
         assert server.metric("flame_accepted_total") == server.metric("flame_finished_total")
@@ -107,20 +97,14 @@ def test_in_sync_calls_fail_at_once_without_the_store(valkey: servers.Server, fi
             assert error.value.code() is grpc.StatusCode.UNAVAILABLE
             assert time.monotonic() - begun < 0.5
         valkey.start()
-        fill(valkey, files)
+        valkey.fill(files.store)
         settled(client, "u7", ITEMS[:9], RECOVERY_SECONDS)
     assert "Traceback" not in log.read_text()
 
 
 def test_without_a_store_the_server_does_not_start_and_keeps_the_password(files: Files) -> None:
     url = f"redis://:s3cret@127.0.0.1:{servers.free_port()}"
-    done = subprocess.run(
-        command(*files.flags(), "--store.url", url, "--server.port", "0"),
-        capture_output=True,
-        text=True,
-        env=environment(),
-        timeout=60,
-    )
+    done = to_end(*files.flags(), "--store.url", url, "--server.port", "0")
     assert done.returncode == 1
     assert "store redis://127.0.0.1" in done.stderr
     assert "s3cret" not in done.stdout + done.stderr
