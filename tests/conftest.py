@@ -1,11 +1,21 @@
-"""Settings that must be in place before JAX starts, and no time limits on Hypothesis' examples."""
+"""Settings that must be in place before JAX is imported, and no time limits on Hypothesis' examples."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 from hypothesis import settings
 
 # Every warpgroup of an interpreted kernel blocks a thread of this pool, which is as large as the machine has cores.
 os.environ.setdefault("PJRT_NPROC", "8")
+
+# The processes of a run, servers too, compile the same small programs over and over: initial weights, training steps.
+# They share a cache of its own, whose folder the run's first process makes and removes.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    folder = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="flame-tests-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 
 settings.register_profile("flame", deadline=None)  # timings pass and fail nothing
 settings.load_profile("flame")

@@ -8,7 +8,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +30,6 @@ from flame_jax.training.baselines import Biases, BiasModel, item_mean
 from flame_jax.training.examples import Dataset, Packer, split_points
 from flame_jax.training.loop import predict
 from tests import tiny
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_once() -> Iterator[None]:
-    with tiny.compilation_cache():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -19,14 +19,13 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from flame_jax import train
 from flame_jax.config import Config, ExportConfig, HeadConfig, ModelConfig, TrainConfig
 from flame_jax.feature_config import StoreConfig
 from flame_jax.fke.artifact import Artifact
 from flame_jax.fke.build import Builder, build
-from flame_jax.fke.compile import lower_program
+from flame_jax.fke.compile import compiled_anew, lower_program
 from flame_jax.fke.device import platform_of
 from flame_jax.fke.manifest import Manifest, executable_name, portable_name
 from flame_jax.fke.writer import write_artifact
@@ -170,7 +169,8 @@ def random_weights(seed: int) -> dict[str, np.ndarray]:
 @cache
 def compiled(bucket: Bucket) -> jax.stages.Compiled:
     """The executable of a bucket."""
-    return lower_program(built()[1][portable_name(bucket)], device()).compile()
+    with compiled_anew():
+        return lower_program(built()[1][portable_name(bucket)], device()).compile()
 
 
 def executables() -> dict[Bucket, bytes]:
@@ -243,33 +243,9 @@ def trained_run() -> Run:
     settings = config(folder)
     write_store(folder / "store")
     file, printed = write_config(settings, folder / "config.yaml"), io.StringIO()
-    with compilation_cache(), recorded_losses() as losses, contextlib.redirect_stdout(printed):
+    with recorded_losses() as losses, contextlib.redirect_stdout(printed):
         train.main(["--config", file])
     return Run(settings, file, losses, printed.getvalue())
-
-
-@contextlib.contextmanager
-def compilation_cache() -> Iterator[None]:
-    """Inside, what was compiled once in this process is not compiled again: a training step takes ten seconds."""
-    settings = {
-        "jax_compilation_cache_dir": str(_cache_folder()),
-        "jax_persistent_cache_min_compile_time_secs": 0.5,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    try:
-        for name, value in settings.items():
-            jax.config.update(name, value)  # type: ignore[no-untyped-call]
-        reset_cache()
-        yield
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)  # type: ignore[no-untyped-call]
-        reset_cache()
-
-
-@cache
-def _cache_folder() -> Path:
-    return temporary_folder()
 
 
 @contextlib.contextmanager

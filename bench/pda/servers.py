@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from flame_jax.data.load import load_store
 from flame_jax.feature_config import StoreConfig
@@ -114,7 +115,7 @@ class Proxy:
         self.answers = 0
         self._to, self._tls = port, tls
         self._server: asyncio.Server | None = None
-        self._open: set[asyncio.StreamWriter] = set()
+        self._open: set[asyncio.Task[Any]] = set()
 
     async def start(self) -> int:
         """Listen, and return the port."""
@@ -122,27 +123,35 @@ class Proxy:
         return int(self._server.sockets[0].getsockname()[1])
 
     async def stop(self) -> None:
-        """Refuse new connections and break those there are."""
-        if self._server is not None:
-            self._server.close()
-        for writer in list(self._open):
-            writer.transport.abort()
+        """Refuse new connections, and break those there are; returns when all are closed."""
+        server, self._server = self._server, None
+        if server is None:
+            return
+        server.close()
+        while self._open:
+            open_ = list(self._open)
+            for client in open_:
+                client.cancel()
+            await asyncio.gather(*open_, return_exceptions=True)
+        await server.wait_closed()
         await asyncio.sleep(0)
 
     async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task, ends = asyncio.current_task(), [writer]
+        assert task is not None
+        self._open.add(task)
         try:
+            if self._server is None:  # stopped before this began
+                return
             there, back = await asyncio.open_connection("127.0.0.1", self._to)
-        except OSError:
-            writer.transport.abort()
-            return
-        ends = {writer, back}
-        self._open |= ends
-        try:
-            await asyncio.gather(self._pass(reader, back), self._answer(there, writer))
-        except (OSError, asyncio.IncompleteReadError):
+            ends.append(back)
+            async with asyncio.TaskGroup() as ways:
+                ways.create_task(self._pass(reader, back))
+                ways.create_task(self._answer(there, writer))
+        except* OSError:
             pass
         finally:
-            self._open -= ends
+            self._open.discard(task)
             for end in ends:
                 end.transport.abort()
 

@@ -25,7 +25,7 @@ from flame_jax import __version__
 from flame_jax.config import Config
 from flame_jax.fke.artifact import Artifact
 from flame_jax.fke.buckets import make_ladder
-from flame_jax.fke.compile import lower_program, platforms, portable_program, serialize
+from flame_jax.fke.compile import compiled_anew, lower_program, platforms, portable_program, serialize
 from flame_jax.fke.device import kernels_for, target_of
 from flame_jax.fke.engine import Engine
 from flame_jax.fke.golden import Golden, Packer, golden_records, reference_bucket, score_each
@@ -97,7 +97,7 @@ class Builder:
         measures = target.platform == "cuda" and self.present and self.tuning is None
         jobs = self.jobs or (1 if measures else os.cpu_count() or 1)
         built: dict[Bucket, Built] = {}
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, compiled_anew():
             file = results_file(self.tuning, Path(folder))
 
             def work(lowered: jax.stages.Lowered) -> Built:

@@ -14,6 +14,7 @@ import jax
 import jax.export
 import numpy as np
 from jax.experimental import serialize_executable
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from flame_jax.config import ModelConfig
 from flame_jax.fke.device import platform_of
@@ -92,6 +93,21 @@ def portable_program(
 def platforms(kernels: Kernels) -> tuple[str, ...]:
     """What programs with these kernels can be compiled for."""
     return PLATFORMS if kernels == REFERENCE else FUSED_PLATFORMS
+
+
+@contextmanager
+def compiled_anew() -> Iterator[None]:
+    """Inside, this process uses no compilation cache: on the CPU what comes from one can't be serialised again (it
+    loses its functions), and XLA tells nothing of how it tuned it."""
+    name = "jax_enable_compilation_cache"
+    before = getattr(jax.config, name)
+    jax.config.update(name, False)
+    reset_cache()  # it looks at the setting once
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
+        reset_cache()
 
 
 def load_kernel_runtime() -> None:

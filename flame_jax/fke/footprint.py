@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from flame_jax.config import ModelConfig
-from flame_jax.fke.compile import lower_program, portable_program, serialize
+from flame_jax.fke.compile import compiled_anew, lower_program, portable_program, serialize
 from flame_jax.packing import Bucket, Layout
 from flame_jax.pallas_kernels.kernels import REFERENCE, Kernels
 from flame_jax.schema import FeatureSchema
@@ -80,9 +80,7 @@ def measure(
     temporaries: list[int] = []
     code: list[int] = []
     seconds: list[float] = []
-    cached = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    try:
+    with compiled_anew():
         jax.jit(lambda: 0).lower().compile()  # the backend starts with the first compilation
         for bucket in measured:
             started = time.perf_counter()
@@ -94,8 +92,6 @@ def measure(
             temporaries.append(memory.temp_size_in_bytes)
             # XLA's CPU compiler says 0 bytes of code; the rest of what is serialised is small.
             code.append(max(memory.generated_code_size_in_bytes, len(payload)))
-    finally:
-        jax.config.update("jax_enable_compilation_cache", cached)
     rows = [bucket.tokens for bucket in measured]
     lines = [Line.through(rows, values) for values in (temporaries, code, seconds)]
     return Footprint(device.device_kind, vocabulary, tuple(measured), *lines)

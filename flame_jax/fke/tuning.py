@@ -18,7 +18,7 @@ from typing import Self
 
 import jax
 
-from flame_jax.fke.compile import lower_program
+from flame_jax.fke.compile import compiled_anew, lower_program
 from flame_jax.fke.device import target_of
 from flame_jax.fke.manifest import Choices
 from flame_jax.fke.target import Target
@@ -49,7 +49,7 @@ class Tuning:
         Raises:
             TuningError: it measured nothing.
         """
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, compiled_anew():
             file = Path(folder) / "results.txtpb"
             for program in programs:
                 # The file holds what this process has measured so far, so the last one holds all of it.

@@ -8,6 +8,7 @@ import pickle
 import pickletools
 import resource
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 from jax._src.interpreters.pxla import UnloadedMeshExecutable
 
-from flame_jax.fke.compile import CompileCounter, deserialize
+from flame_jax.fke.compile import CompileCounter, compiled_anew, deserialize
 from flame_jax.fke.device import platform_of
 from flame_jax.fke.manifest import portable_name
 from flame_jax.packing import Bucket, Extent
@@ -249,6 +250,24 @@ def test_the_counter_counts_a_new_compilation_and_nothing_else() -> None:
     assert counter.count == 2
     assert earlier.count == 2
     assert CompileCounter().count == 0
+
+
+def test_what_is_compiled_anew_is_not_from_the_cache(request: pytest.FixtureRequest) -> None:
+    least = "jax_persistent_cache_min_compile_time_secs"
+    request.addfinalizer(partial(jax.config.update, least, getattr(jax.config, least)))
+    jax.config.update(least, 0.0)  # type: ignore[no-untyped-call]
+    hits: list[str] = []
+    jax.monitoring.register_event_listener(lambda event, **_: hits.append(event) if "cache_hits" in event else None)
+
+    def compiled() -> None:
+        jax.jit(lambda x: x @ x.T + 4321.0).lower(np.ones((3, 5), np.float32)).compile()  # in no other test
+
+    compiled()
+    with compiled_anew():
+        compiled()
+    assert not hits
+    compiled()
+    assert hits
 
 
 @pytest.mark.parametrize(("version", "name"), [("PJRT C API\ncuda 13000", "cuda"), ("PJRT C API\nROCM 6.2", "rocm")])

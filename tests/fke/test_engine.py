@@ -21,7 +21,7 @@ import safetensors.numpy
 from flame_jax.fke import engine as module
 from flame_jax.fke.artifact import Artifact, ArtifactError
 from flame_jax.fke.build import build
-from flame_jax.fke.compile import CompileCounter, deserialize, serialize
+from flame_jax.fke.compile import CompileCounter, compiled_anew, deserialize, serialize
 from flame_jax.fke.device import target_of
 from flame_jax.fke.engine import Engine
 from flame_jax.fke.manifest import executable_name, portable_name
@@ -269,7 +269,9 @@ def test_an_executable_that_gives_something_else_is_refused(give: Any, folder: P
     slot = slot_layout(tiny.SCHEMA, tiny.LAYOUT, bucket)
     rank = rank_function(tiny.MODEL, tiny.SCHEMA, tiny.LAYOUT, slot, tiny.ITEMS + 1)
     words = np.zeros(slot.words, np.int32)
-    compiled = jax.jit(lambda w, x: give(rank(w, x))).lower(list(tiny.random_weights(3).values()), words).compile()
+    lowered = jax.jit(lambda w, x: give(rank(w, x))).lower(list(tiny.random_weights(3).values()), words)
+    with compiled_anew():
+        compiled = lowered.compile()
     tiny.forge(folder, executable_name(bucket), serialize(compiled))
     assert manifest.buckets[0] == bucket
     assert f"executable of bucket {bucket} gives" in refusal(folder)

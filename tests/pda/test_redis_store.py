@@ -54,7 +54,6 @@ async def opened(server: Server, proxy: Proxy | None = None, **changed: object) 
         await store.aclose()
         if proxy is not None:
             await proxy.stop()
-        await asyncio.sleep(0)
 
 
 async def right(store: RedisStore) -> None:
@@ -259,7 +258,7 @@ def test_an_error_for_an_answer_is_a_store_error_in_one_line(answer: str) -> Non
             await RedisStore.open(StoreConfig(url=f"redis://127.0.0.1:{port}"))
         assert "\n" not in str(error.value)
         fake.close()
-        await asyncio.sleep(0.01)
+        await asyncio.wait_for(fake.wait_closed(), 5)
 
     asyncio.run(run())
 
@@ -422,6 +421,5 @@ def test_tls_is_spoken_with_whoever_the_certificate_names(server: Server, tmp_pa
         with pytest.raises(StoreError, match="CERTIFICATE_VERIFY_FAILED"):
             await RedisStore.open(StoreConfig(url=url))
         await proxy.stop()
-        await asyncio.sleep(0.01)
 
     asyncio.run(run())
