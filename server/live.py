@@ -20,6 +20,7 @@ from flame_jax.fke.repository import Version
 from flame_jax.fke.signing import TrustedKeys
 from flame_jax.host_table import host_table
 from flame_jax.pda.assembler import Assembler
+from flame_jax.pda.page_lock import PageLock
 from flame_jax.pda.store import Store, StoreError
 from flame_jax.server.validation import Validator
 
@@ -93,6 +94,7 @@ class LiveModel:
         self.validator = Validator(manifest.schema, config.server)
         self._table = host_table(engine.item_table, config.dispatch.row_threads)
         self.assembler = Assembler(manifest.schema, engine.vocabularies, self._table)
+        self.page_lock = PageLock(engine.device)
         self.inbox = Inbox(loop)
         # Weakly: a freed version must not wait for the garbage collector to give its device memory back.
         this = weakref.ref(self)
@@ -103,7 +105,7 @@ class LiveModel:
 
         self.dispatcher = Dispatcher(
             [
-                Executor(engine, bucket, self.assembler.layout, manifest.layout)
+                Executor(engine, bucket, self.assembler.layout, manifest.layout, self.page_lock)
                 for bucket in manifest.buckets
                 for _ in range(config.dispatch.executors)
             ],
@@ -115,6 +117,11 @@ class LiveModel:
             on_done=self.inbox.deliver,
             on_fatal=died,
         )
+
+    @property
+    def memory(self) -> dict[str, str]:
+        """What slots are read from, and where scores are left."""
+        return {"slots": self.page_lock.memory, "scores": self.engine.scores_memory}
 
     def stop(self, seconds: float) -> bool:
         """End its threads; blocks. False when a batch still runs after this long: the device hangs."""

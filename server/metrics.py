@@ -58,7 +58,7 @@ class Metrics:
         self._truncated = Counter("flame_truncated_histories", "Calls whose history was cut", registry=self.registry)
         self._unknown_users = Counter("flame_unknown_users", "Calls of users not in the store", registry=self.registry)
         self._unknown_items = Counter("flame_unknown_items", "Candidates out of vocabulary", registry=self.registry)
-        self._info = Info("flame_model", "What is served, and by which kernels", registry=self.registry)
+        self._info = Info("flame_model", "What is served, by which kernels and memory", registry=self.registry)
         self._reloads = Counter("flame_reloads", "Versions loaded after the start", ["result"], registry=self.registry)
         self._rollbacks = Counter("flame_rollbacks", "Returns to a version before", ["reason"], registry=self.registry)
         self._bad = Counter("flame_bad_versions", "Versions that could not be loaded or failed", registry=self.registry)
@@ -99,8 +99,8 @@ class Metrics:
         for stage, value in nanoseconds.items():
             self._children[stage].observe(value / 1e9)
 
-    def model(self, manifest: Manifest) -> None:
-        """Name, version, device and kernel implementations of what is active."""
+    def model(self, manifest: Manifest, memory: Mapping[str, str]) -> None:
+        """Name, version, device, kernel implementations and kinds of memory of what is active."""
         self._info.info(
             {
                 "name": manifest.model.name,
@@ -108,6 +108,7 @@ class Metrics:
                 "platform": manifest.target.platform,
                 "device_kind": manifest.target.device_kind,
                 **{f"kernel_{op}": implementation for op, implementation in manifest.kernels.items()},
+                **{f"memory_{what}": kind for what, kind in memory.items()},
             }
         )
 

@@ -305,7 +305,7 @@ class Reloader:
     def _promote(self, live: LiveModel) -> None:
         models = self._models
         models.promote(live)
-        self._metrics.model(live.manifest)
+        self._metrics.model(live.manifest, live.memory)
         if self._window is not None:
             self._window.cancel()
         if models.standby is None:
@@ -317,7 +317,8 @@ class Reloader:
 
     def _revert(self, reason: str) -> None:
         self._models.revert()
-        self._metrics.model(self._models.active.manifest)
+        active = self._models.active
+        self._metrics.model(active.manifest, active.memory)
         self._metrics.rollback(reason)
         self.pinned = self.pinned and self._models.active.version
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.environment import describe
-from bench.pda import assembly, faults, host_rows, staleness
+from bench.pda import assembly, faults, host_rows, staleness, transfers
 from flame_jax.commandline import load
 
 say = partial(print, flush=True)
@@ -46,11 +46,19 @@ def run_staleness() -> dict[str, Any]:
     return result
 
 
+def run_transfers() -> dict[str, Any]:
+    """A batch to the device and scores back, beside JAX's plain way."""
+    result = transfers.transfers(say)
+    say(transfers.table(result["transfers"]))
+    return result
+
+
 MODES: dict[str, Callable[[], dict[str, Any]]] = {
     "assembly": run_assembly,
     "faults": run_faults,
     "rows": run_host_rows,
     "staleness": run_staleness,
+    "transfers": run_transfers,
 }
 
 

@@ -23,6 +23,7 @@ from flame_jax.fke.engine import Engine
 from flame_jax.pda.assembler import Assembler
 from flame_jax.pda.cache import ItemCache
 from flame_jax.pda.lmdb_store import LmdbStore
+from flame_jax.pda.page_lock import PageLock
 from flame_jax.pda.query import FeatureQuery
 from flame_jax.pda.store import Fetched, StoreError
 from flame_jax.record import Piece
@@ -82,7 +83,7 @@ class _World:
         found = held_out_examples(starts, lengths, self.dataset.moments(), most=bucket.candidates // 2)
         self.examples = sorted(found, key=self._time)
         self.assembler = Assembler(self.schema, self.engine.vocabularies)
-        self._executor = Executor(self.engine, bucket, self.assembler.layout, self.layout)
+        self._executor = Executor(self.engine, bucket, self.assembler.layout, self.layout, PageLock(self.engine.device))
 
     def _time(self, example: Example) -> int:
         return int(self.dataset.users[example.user][1].history.timestamps[example.seen])

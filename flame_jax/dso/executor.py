@@ -9,6 +9,7 @@ import numpy as np
 
 from flame_jax.fke.engine import Engine
 from flame_jax.packing import Bucket, Layout
+from flame_jax.pda.page_lock import PageLock
 from flame_jax.pda.staging import Slot
 from flame_jax.record import Piece, RecordLayout
 
@@ -16,10 +17,13 @@ from flame_jax.record import Piece, RecordLayout
 class Executor:
     """Fills its slot, launches, and reads the scores of each piece back, in this order; the slot refuses any other."""
 
-    def __init__(self, engine: Engine, bucket: Bucket, records: RecordLayout, layout: Layout) -> None:
+    def __init__(
+        self, engine: Engine, bucket: Bucket, records: RecordLayout, layout: Layout, page_lock: PageLock
+    ) -> None:
         self.bucket = bucket
         self._engine, self._records, self._layout = engine, records, layout
         self._slot = Slot(engine.slots[bucket])
+        page_lock.lock(self._slot)
         self._rows: list[slice] = []
         self._result: jax.Array | None = None
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from flame_jax.fke.artifact import Artifact, ArtifactError
-from flame_jax.fke.compile import deserialize, load_kernel_runtime, lower_program
+from flame_jax.fke.compile import deserialize, load_kernel_runtime, lower_program, output_memory
 from flame_jax.fke.device import multiprocessors, target_of
 from flame_jax.fke.golden import Golden, Packer, whole
 from flame_jax.fke.manifest import GOLDEN, executable_name, portable_name
@@ -37,6 +37,7 @@ class Engine:
             long as they take, so that calls find the device free at least half of the time.
 
     Attributes:
+        device: where it runs.
         recompiled: buckets whose executable this CPU can't run and that were compiled here from their portable
             programs.
         golden_difference: how far the golden set's scores lay from the artifact's, once `warm` has run; see
@@ -48,7 +49,7 @@ class Engine:
 
     def __init__(self, artifact: Artifact, device: jax.Device, *, beside: bool = False) -> None:
         manifest = artifact.manifest
-        self._beside = beside
+        self.device, self._beside = device, beside
         self.manifest, self._path = manifest, artifact.path
         missing = _check_target(artifact, target_of(device))
         self.vocabularies = artifact.vocabularies()
@@ -120,6 +121,12 @@ class Engine:
             f"artifact {self._path}: the executable of bucket {bucket} does not load here: {reason}"
         ) from reason
 
+    @property
+    def scores_memory(self) -> str:
+        """Where executables leave scores: JAX's name of a kind of memory. From `pinned_host` they need no copy more."""
+        kinds = {output_memory(executable) for executable in self._executables.values()}
+        return ", ".join(sorted(kinds))
+
     def warm(self) -> None:
         """Run every executable until it is in its steady state, and compare its scores with the golden set's.
 
@@ -168,7 +175,7 @@ class Engine:
             words: int32[slot words]; must not change before the result is ready.
 
         Returns:
-            float32[C_max, tasks], the probability of every candidate row.
+            float32[C_max, tasks], the probability of every candidate row; see `scores_memory`.
         """
         result: jax.Array = self._executables[bucket](self._weights, words)
         return result

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from bench.pda import __main__ as command
-from bench.pda import assembly, faults, host_rows, staleness
+from bench.pda import assembly, faults, host_rows, staleness, transfers
 from flame_jax.pda.records import UserRecord, feature_row, item_dtype
 from flame_jax.pda.store import Fetched
+from tests import tiny
 
 
 def test_assembly_has_a_row_for_every_case(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,6 +78,18 @@ def test_the_table_of_staleness_shows_what_was_not_waited_for() -> None:
         "| all | 0% | 0.0% | 0.0% | 0.7500 | 0.5000 | 1.0000 |",
         "| all | 50% | 25.0% | 12.5% | 0.7500 | 0.5000 | 1.0000 |",
     ]
+
+
+def test_every_way_of_a_batch_brings_the_same_scores() -> None:
+    scores = {name: wait(launch()) for name, (launch, wait) in transfers.ways(tiny.device()).items()}
+    words = transfers.WORDS
+    for name, found in scores.items():
+        assert found.shape == transfers.SCORES
+        np.testing.assert_array_equal(found, words if "slot" not in name else words - 64, err_msg=name)
+    result = transfers.transfers(lambda _: None, calls=20, rounds=2)
+    assert [row["way"] for row in result["transfers"]] == list(scores)
+    assert all(row["launch_us"] <= row["p50_us"] <= row["p99_us"] for row in result["transfers"])
+    assert transfers.table(result["transfers"]).count("\n") == len(scores) + 1
 
 
 def test_the_command_writes_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

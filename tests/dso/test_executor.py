@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
 from flame_jax.dso.executor import Executor
 from flame_jax.packing import Bucket, slot_layout
+from flame_jax.pda.page_lock import PageLock
 from flame_jax.pda.staging import SlotBusy
 from flame_jax.record import Piece
 from tests.dso.fakes import LAYOUT, RECORDS, SCHEMA, SMALL, expected, record
@@ -52,7 +54,7 @@ def engine() -> SlowEngine:
 
 @pytest.fixture
 def executor(engine: SlowEngine) -> Executor:
-    return Executor(engine, SMALL, RECORDS, LAYOUT)  # type: ignore[arg-type]
+    return Executor(engine, SMALL, RECORDS, LAYOUT, PageLock(jax.devices("cpu")[0]))  # type: ignore[arg-type]
 
 
 def piece(ticket: int, candidates: int = 4) -> Piece:

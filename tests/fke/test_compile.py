@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from jax._src.interpreters.pxla import UnloadedMeshExecutable
 
-from flame_jax.fke.compile import CompileCounter, compiled_anew, deserialize
+from flame_jax.fke.compile import CompileCounter, compiled_anew, deserialize, output_memory, serialize
 from flame_jax.fke.device import platform_of
 from flame_jax.fke.manifest import portable_name
 from flame_jax.packing import Bucket, Extent
@@ -75,6 +75,24 @@ def test_a_loaded_executable_gives_the_same_bits(bucket: Bucket) -> None:
     assert after.shape == (bucket.candidates, len(tiny.SCHEMA.tasks))
     assert after.tobytes() == before.tobytes()
     assert np.ptp(after[-5:]) > 0
+
+
+def test_where_an_executable_leaves_its_scores_is_known_even_if_it_was_compiled_elsewhere() -> None:
+    weights, words = [np.full(3, 2, np.float32)], np.arange(6, dtype=np.int32)
+
+    def rank(weights: list[jax.Array], words: jax.Array) -> Any:
+        return jax.device_put(words[:3] * weights[0], jax.memory.Space.Host)
+
+    with compiled_anew():
+        compiled: Any = jax.jit(rank).lower(weights, words).compile()
+    here = jax.sharding.SingleDeviceSharding(tiny.device())
+    compiled._executable._unloaded_executable.output_shardings = [here]  # as it is for a device that is described
+    loaded = deserialize(serialize(compiled), 1, tiny.device())
+    assert output_memory(loaded) == "pinned_host"
+    scores = loaded(weights, words)
+    assert scores.sharding.memory_kind == "pinned_host"
+    assert np.asarray(scores).tolist() == [0, 2, 4]
+    assert output_memory(load(tiny.executables()[BUCKET])) == "device"
 
 
 def test_loading_twice_gives_two_executables_that_agree() -> None:

@@ -24,12 +24,16 @@ PLUGIN = ROOT / ".cross"
 needs_plugin = pytest.mark.skipif(not (PLUGIN / "jax_plugins").is_dir(), reason="`make cross` was not run")
 
 
-def export(*args: str) -> subprocess.CompletedProcess[str]:
-    """`flame_jax.export` with the plugin, as on a machine without a GPU."""
+def with_plugin(*args: str) -> subprocess.CompletedProcess[str]:
+    """A Python process with the plugin, as on a machine without a GPU."""
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{PLUGIN}"}
     environment.pop("TF_CPP_MIN_LOG_LEVEL", None)  # JAX has set it in this process
-    command = [sys.executable, "-m", "flame_jax.export", *args]
+    command = [sys.executable, *args]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, cwd=ROOT)
+
+
+def export(*args: str) -> subprocess.CompletedProcess[str]:
+    return with_plugin("-m", "flame_jax.export", *args)
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +58,21 @@ def test_an_artifact_is_compiled_for_a_gpu_that_is_not_here(crossed: Path) -> No
     for bucket in tiny.BUCKETS:
         assert Artifact(crossed).read(portable_name(bucket)) == content[portable_name(bucket)]
         assert b"ELF" in Artifact(crossed).read(executable_name(bucket))  # a cubin
+
+
+@needs_plugin
+def test_its_programs_leave_scores_in_page_locked_memory(crossed: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+from flame_jax.fke.compile import lower_program
+from flame_jax.fke.device import described_device
+print(lower_program(Path(sys.argv[1]).read_bytes(), described_device("h100")).compile().as_text().split("\\n")[0])
+"""
+    done = with_plugin("-c", code, str(crossed / portable_name(tiny.BUCKETS[0])))
+    assert done.returncode == 0, done.stderr
+    layout = done.stdout.split("entry_computation_layout=")[1].split("->")[1]
+    assert layout.startswith(f"f32[{tiny.BUCKETS[0].candidates},{len(tiny.SCHEMA.tasks)}]{{1,0:S(5)}}"), layout
 
 
 @needs_plugin

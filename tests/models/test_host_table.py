@@ -19,6 +19,7 @@ from flame_jax.fke.manifest import ITEM_TABLE
 from flame_jax.host_table import host_table
 from flame_jax.models.serving import host_item_table, rank_function, served_slot, served_weights
 from flame_jax.pda.assembler import Assembler
+from flame_jax.pda.page_lock import PageLock
 from flame_jax.record import Piece
 from tests import tiny
 from tests.models.test_rankers import BUCKET, CASES, LAYOUT, LENGTH, ROWS, requests_of, weights_of
@@ -72,7 +73,7 @@ def scores_of(artifact: Artifact, user: int) -> np.ndarray:
     engine = Engine(artifact, tiny.device())
     assembler = Assembler(tiny.SCHEMA, engine.vocabularies, host_table(engine.item_table, threads=2))
     request, fetched = tiny.request_of(user)
-    executor = Executor(engine, tiny.BUCKETS[0], assembler.layout, tiny.LAYOUT)
+    executor = Executor(engine, tiny.BUCKETS[0], assembler.layout, tiny.LAYOUT, PageLock(engine.device))
     executor.fill([Piece(assembler.assemble(request, fetched).record, 2, 10)])
     executor.launch()
     return executor.scores()[0]

@@ -143,7 +143,7 @@ def test_reloads_under_load_fail_no_call_and_every_answer_is_its_versions(
             assert server.metric("flame_finished_total", version=version) == answered.count(version)
             assert 0 < server.metric("flame_batches_total", version=version) <= answered.count(version)
         assert server.metric("flame_model_role") == server.metric("flame_model_role", version="10", role="active") == 1
-        assert server.metric("flame_model_info", version="10") == 1
+        assert server.metric("flame_model_info", version="10", memory_slots="in place", memory_scores="device") == 1
         assert server.metric("flame_reloads_total", result="ok") == 3
         assert server.metric("flame_rollbacks_total", reason="command") == 1
         assert server.metric("flame_model_load_seconds_count") == 4
