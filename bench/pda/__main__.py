@@ -12,6 +12,7 @@ from typing import Any
 
 from bench.environment import describe
 from bench.pda import assembly, faults, host_rows, staleness, transfers
+from bench.pda import table as ablation
 from flame_jax.commandline import load
 
 say = partial(print, flush=True)
@@ -46,6 +47,13 @@ def run_staleness() -> dict[str, Any]:
     return result
 
 
+def run_table() -> dict[str, Any]:
+    """FLAME's Table 3: what the cache and the way to the device are worth; on a GPU with the model, else without."""
+    result = ablation.ablation(load(["--config", "configs/climber_base.yaml"], prog="bench.pda"), say)
+    say(ablation.table(result["table"]))
+    return result
+
+
 def run_transfers() -> dict[str, Any]:
     """A batch to the device and scores back, beside JAX's plain way."""
     result = transfers.transfers(say)
@@ -58,12 +66,16 @@ MODES: dict[str, Callable[[], dict[str, Any]]] = {
     "faults": run_faults,
     "rows": run_host_rows,
     "staleness": run_staleness,
+    "table": run_table,
     "transfers": run_transfers,
 }
 
 
+PLOTS: dict[str, Callable[[dict[str, Any]], str]] = {"table": ablation.plot}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, print, and write MODE.json."""
+    """Measure, print, and write MODE.json, and a drawing where there is one."""
     parser = argparse.ArgumentParser(prog="python -m bench.pda", description=__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     for name, mode in MODES.items():
@@ -76,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.out:
         Path(args.out).mkdir(parents=True, exist_ok=True)
         Path(args.out, f"{args.mode}.json").write_text(json.dumps(about | result, indent=1) + "\n")
+        if args.mode in PLOTS:
+            Path(args.out, f"{args.mode}.svg").write_text(PLOTS[args.mode](result))
 
 
 if __name__ == "__main__":

@@ -146,8 +146,8 @@ class Proxy:
             there, back = await asyncio.open_connection("127.0.0.1", self._to)
             ends.append(back)
             async with asyncio.TaskGroup() as ways:
-                ways.create_task(self._pass(reader, back))
-                ways.create_task(self._answer(there, writer))
+                ways.create_task(self._pass(reader, back, asked := asyncio.Event()))
+                ways.create_task(self._answer(there, writer, asked))
         except* OSError:
             pass
         finally:
@@ -155,18 +155,20 @@ class Proxy:
             for end in ends:
                 end.transport.abort()
 
-    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, asked: asyncio.Event) -> None:
         while data := await reader.read(65536):
+            asked.set()
             writer.write(data)
             await writer.drain()
         raise ConnectionResetError
 
-    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, asked: asyncio.Event) -> None:
         while data := await reader.read(65536):
             self.answers += 1
             if self.reset(self.answers):
                 raise ConnectionResetError
-            if self.delay:
+            if self.delay and asked.is_set():  # once for an answer, however many chunks it comes in
+                asked.clear()
                 await asyncio.sleep(self.delay)
             while self.hang:
                 await asyncio.sleep(0.005)

@@ -15,6 +15,8 @@ from flame_jax.schema import FeatureSchema, default_rows
 
 OVERHEAD = 176
 """Bytes that an entry takes beside its own, measured: key, value and the cache's list and table."""
+_NEVER_CAME = -(2**63)
+"""When an entry expires that is not there."""
 JITTER = 0.1
 """Largest share of an entry's life that is cut off by chance, so that what came together does not go together."""
 
@@ -50,6 +52,9 @@ class ItemCache:
     Args:
         clock: nanoseconds.
         entries: at most, in place of `config.mib`.
+
+    Attributes:
+        entry_bytes: memory that an entry takes, about.
     """
 
     def __init__(
@@ -62,16 +67,19 @@ class ItemCache:
         self._features, self._clock = schema.stored_item_features, clock
         self._dtype = np.dtype([("expires", "<i8"), ("found", "?"), ("row", item_dtype(schema))])
         self._lives = np.array([config.absent_ttl_seconds, config.ttl_seconds]) * 1e9
-        self._entry_bytes = self._dtype.itemsize + OVERHEAD
-        room = config.mib * 2**20 // self._entry_bytes if entries is None else entries
+        self.entry_bytes = self._dtype.itemsize + OVERHEAD
+        room = config.mib * 2**20 // self.entry_bytes if entries is None else entries
         self._entries: cachebox.LRUCache[int, bytes] = cachebox.LRUCache(room)
+        nothing = np.empty(1, self._dtype)
+        nothing["expires"], nothing["found"], nothing["row"] = _NEVER_CAME, False, self.defaults(np.zeros(1, np.int64))
+        self._nothing = nothing.tobytes()
         self._random = np.random.default_rng()
         self._hits = self._stale = self._misses = self._evictions = 0
 
     @property
     def nbytes(self) -> int:
         """Memory in use, about."""
-        return len(self._entries) * self._entry_bytes
+        return len(self._entries) * self.entry_bytes
 
     @property
     def counts(self) -> Counts:
@@ -80,23 +88,17 @@ class ItemCache:
 
     def lookup(self, ids: np.ndarray) -> Lookup:
         """What is there of int64[n] items, which becomes most recently used."""
-        values = list(map(self._entries.get, ids.tolist()))
-        held = [value for value in values if value is not None]
-        entries = np.frombuffer(b"".join(held), self._dtype)
-        fresh_entries = entries["expires"] > self._clock()
-        if len(held) == len(ids):
-            known, fresh = np.ones(len(ids), bool), fresh_entries
-            rows, found = entries["row"], entries["found"]
-        else:
-            known = np.array([value is not None for value in values], bool)
-            rows = self.defaults(ids)
-            found, fresh = np.zeros(len(ids), bool), np.zeros(len(ids), bool)
-            rows[known], found[known], fresh[known] = entries["row"], entries["found"], fresh_entries
-        hits = int(np.count_nonzero(fresh))
+        nothing = self._nothing
+        values = [nothing if value is None else value for value in map(self._entries.get, ids.tolist())]
+        entries = np.frombuffer(bytearray().join(values), self._dtype)
+        expires, rows = entries["expires"], entries["row"]
+        rows["id"] = ids
+        known, fresh = expires != _NEVER_CAME, expires > self._clock()
+        hits, held = int(np.count_nonzero(fresh)), int(np.count_nonzero(known))
         self._hits += hits
-        self._stale += len(held) - hits
-        self._misses += len(ids) - len(held)
-        return Lookup(rows, found, known, fresh)
+        self._stale += held - hits
+        self._misses += len(ids) - held
+        return Lookup(rows, entries["found"], known, fresh)
 
     def defaults(self, ids: np.ndarray) -> np.ndarray:
         """Rows of int64[n] items of which nothing is known."""

@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 
 REFRESH = 1024
 """Items that the background asks for at once."""
+GATHER_SECONDS = 0.01
+"""That the background lets pass before it asks: a question costs as much as a hundred items of it."""
 REST_SECONDS = 0.25
 """Between two questions of the background, where the first one failed."""
 WAITING = 65536
@@ -131,6 +133,7 @@ class FeatureQuery:
         self._refreshing = True
         try:
             while self._waiting:
+                await asyncio.sleep(GATHER_SECONDS)
                 wanted = [self._waiting.popitem()[0] for _ in range(min(REFRESH, len(self._waiting)))]
                 await self._refresh_these(np.sort(np.array(wanted, np.int64)))
         except StoreError as error:

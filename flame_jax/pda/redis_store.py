@@ -8,6 +8,7 @@ import logging
 import random
 import time
 from collections.abc import Awaitable
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
@@ -19,6 +20,7 @@ from flame_jax.pda.store_url import misfit, redacted
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
+    from redis.asyncio.connection import AbstractConnection
 
 log = logging.getLogger(__name__)
 
@@ -162,16 +164,42 @@ def connect(config: StoreConfig) -> Redis:
     seconds = config.timeout_ms / 1e3
     given = options(config.url, max(LATE_SECONDS, seconds))
     from redis.asyncio import BlockingConnectionPool, Redis
+    from redis.asyncio.connection import Connection, parse_url
     from redis.asyncio.retry import Retry
     from redis.backoff import NoBackoff
     from redis.exceptions import ConnectionError as Broken
 
     # Once: a connection of the pool may have died since it was used last.
     retry = Retry(NoBackoff(), 1, supported_errors=(Broken,))
+    kind: Any = parse_url(config.url).get("connection_class", Connection)
     pool = BlockingConnectionPool.from_url(
-        config.url, max_connections=config.connections, timeout=seconds, retry=retry, **given, **PLAIN
+        config.url,
+        connection_class=_packing(kind),
+        max_connections=config.connections,
+        timeout=seconds,
+        retry=retry,
+        **given,
+        **PLAIN,
     )
     return Redis.from_pool(pool)  # and closes it
+
+
+@cache
+def _packing(kind: type[AbstractConnection]) -> type[AbstractConnection]:
+    """This class of connections, with questions packed by hiredis: for asyncio redis-py packs in Python, which takes a
+    third of the time of a question for 128 items."""
+    from redis.utils import HIREDIS_AVAILABLE
+
+    if not HIREDIS_AVAILABLE:
+        log.warning("hiredis is not installed: questions to the store take longer")
+        return kind
+    import hiredis
+
+    class Packing(kind):  # type: ignore[misc, valid-type]
+        def pack_command(self, *args: Any) -> list[bytes]:
+            return [hiredis.pack_command(args)] if args[0] == "MGET" else super().pack_command(*args)
+
+    return Packing
 
 
 def options(url: str, seconds: float) -> dict[str, Any]:

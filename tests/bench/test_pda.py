@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
 from bench.pda import __main__ as command
 from bench.pda import assembly, faults, host_rows, staleness, transfers
+from bench.pda import table as ablation
+from bench.pda.pipeline import FieldByField
+from flame_jax.commandline import load
+from flame_jax.packing import Bucket, slot_layout
 from flame_jax.pda.records import UserRecord, feature_row, item_dtype
 from flame_jax.pda.store import Fetched
 from tests import tiny
@@ -90,6 +95,52 @@ def test_every_way_of_a_batch_brings_the_same_scores() -> None:
     assert [row["way"] for row in result["transfers"]] == list(scores)
     assert all(row["launch_us"] <= row["p50_us"] <= row["p99_us"] for row in result["transfers"])
     assert transfers.table(result["transfers"]).count("\n") == len(scores) + 1
+
+
+def test_drawn_candidates_are_distinct_and_follow_zipfs_law() -> None:
+    drawn = ablation.drawn(np.random.default_rng(0), 1000, 400)
+    assert all(len(set(row)) == ablation.CANDIDATES for row in drawn.tolist())
+    counts = np.sort(np.bincount(drawn.ravel(), minlength=1000))[::-1]
+    assert counts[0] == 400, "the first is in every call"
+    assert counts[:10].sum() > 30 * counts[500:510].sum() / 10
+
+
+def test_the_table_has_a_row_for_each_way_to_serve_and_scores_come_back() -> None:
+    config = load(["--config", "configs/climber_base.yaml"], prog="test")
+    size = ablation.Size(items=20_000, users=20, events=300, seconds=0.5)
+    rows = (ablation.ROWS[0], ablation.ROWS[-1])
+    result = ablation.ablation(config, lambda _: None, size, (0.2,), rows)
+    plain, best = result["table"]
+    assert result["program"] == "Trivial"
+    assert (plain["memory"], best["memory"]) == ("pageable", "in place")
+    assert (plain["cache_hits"], plain["degraded"]) == (None, 0)
+    assert 0.1 < best["cache_hits"] < 1
+    for row in (plain, best):
+        assert row["calls_per_second"] > 0
+        assert 0 < row["p50_ms"] <= row["p99_ms"]
+        assert row["store_mb_per_second"] > 0
+    assert ablation.table(result["table"]).count("\n") == 3
+    assert ablation.plot(result).count('class="bar"') == ablation.plot(result).count('class="first"') == 3
+
+
+def test_fields_brought_one_by_one_are_the_slot() -> None:
+    slot = slot_layout(tiny.SCHEMA, tiny.LAYOUT, tiny.BUCKETS[0])
+    words = np.random.default_rng(0).integers(-9, 9, slot.words).astype(np.int32)
+    views = dict(slot.views(words))
+    gaps = words.copy()
+    for field in slot.views(gaps).values():
+        field.fill(0)
+
+    class Engine:
+        slots: ClassVar = {tiny.BUCKETS[0]: slot}
+
+        def launch(self, bucket: Bucket, joined: Any) -> Any:
+            return joined
+
+    joined = np.asarray(FieldByField(Engine(), tiny.device()).launch(tiny.BUCKETS[0], words))
+    for name, values in slot.views(joined.copy()).items():
+        assert values.tobytes() == views[name].tobytes(), name
+    assert not (joined - (words - gaps)).any(), "words between fields are zero"
 
 
 def test_the_command_writes_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

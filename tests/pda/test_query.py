@@ -89,6 +89,11 @@ def query_of(store: Told, mode: str, clock: Clock | None = None, **changed: floa
     return query
 
 
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "GATHER_SECONDS", 0.0)
+
+
 async def settle() -> None:
     """Let everything go on that can."""
     for _ in range(20):
@@ -280,6 +285,24 @@ def test_the_background_asks_for_much_at_once_and_for_no_more_than_it_may(monkey
         assert max(map(len, asked)) == 4
         assert 10 <= sum(map(len, asked)) <= 14, "what waits is bounded, and what is under way besides"
         assert len({item for items in asked for item in items}) == sum(map(len, asked)), "nothing twice"
+
+    run(test)
+
+
+def test_what_calls_lack_within_a_moment_is_asked_for_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "GATHER_SECONDS", 0.02)
+
+    async def test() -> None:
+        store = Told()
+        query = query_of(store, "async")
+        for first in (0, 4, 8):
+            assert (await query.fetch("u", np.arange(first, first + 4))).degraded
+            await settle()
+        assert [items for user, items in store.asked if user is None] == []
+        await asyncio.sleep(0.1)
+        (together,) = [items for user, items in store.asked if user is None]
+        assert sorted(together) == list(range(12))
+        assert not (await query.fetch("u", np.arange(12))).degraded
 
     run(test)
 

@@ -14,6 +14,7 @@ from flame_jax.packing import MAX_TIME
 from flame_jax.pda.records import (
     CorruptRecord,
     UserRecord,
+    check_rows,
     decode_items,
     decode_user,
     encode_user,
@@ -238,3 +239,28 @@ def test_the_largest_values_of_each_feature_are_kept() -> None:
 def test_a_feature_row_of_no_features_takes_no_space() -> None:
     assert feature_row((), {}).nbytes == 0
     assert UserRecord(History.empty(), feature_row((), {})).features.shape == ()
+
+
+@given(data=st.data())
+def test_rows_are_checked_as_each_feature_checks_its_own(data: st.DataObject) -> None:
+    """Columns are looked at together; each value, also a bad one, must count as it does alone."""
+    drawn = data.draw(
+        st.lists(
+            st.sampled_from(
+                [("categorical", 5), ("categorical", 2**31 - 1), ("bits", 31), ("bits", 3), ("numeric", 0), ("id", 7)]
+            ),
+            max_size=6,
+        )
+    )
+    features = tuple(Feature(f"f{n}", kind, size) for n, (kind, size) in enumerate(drawn))  # type: ignore[arg-type]
+    rows = np.zeros(data.draw(st.integers(0, 5)), item_dtype(FeatureSchema(item_features=features)))
+    values = [-(2**31), -2, -1, 0, 4, 5, 7, 8, 2**31 - 1]
+    for feature in features if len(rows) else ():
+        chosen = [0.0, 1.5, np.nan, np.inf, -np.inf] if feature.kind == "numeric" else values
+        rows[feature.name] = data.draw(st.lists(st.sampled_from(chosen), min_size=len(rows), max_size=len(rows)))
+    bad = [f.name for f in features if not f.fits(rows[f.name])]
+    if bad:
+        with pytest.raises(ValueError, match=bad[0]):
+            check_rows(features, rows)
+    else:
+        check_rows(features, rows)
