@@ -22,7 +22,7 @@ JITTER = 0.1
 
 
 class Lookup(NamedTuple):
-    """What the cache has of int64[n] items.
+    """What the cache has of int64[n] items, as arrays that whoever asked may change.
 
     Attributes:
         rows: structured[n] (`records.item_dtype`); each feature's default where it has none.
@@ -119,5 +119,5 @@ class ItemCache:
         entries["found"], entries["row"] = found, rows
         blobs = entries.view(f"V{self._dtype.itemsize}").tolist()
         before = len(self._entries)
-        replaced = sum(old is not None for old in map(self._entries.insert, ids.tolist(), blobs))
-        self._evictions += before + len(ids) - replaced - len(self._entries)
+        new = list(map(self._entries.insert, ids.tolist(), blobs)).count(None)
+        self._evictions += before + new - len(self._entries)

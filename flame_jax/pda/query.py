@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Coroutine, Iterable
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,11 @@ class FeatureQuery:
         """What is missing or too old comes with the user, or with whatever another call has asked for already."""
         lacking = ids[~held.fresh]
         flying = {item: self._flights[item] for item in lacking.tolist() if item in self._flights}
-        asked = np.array([item for item in lacking.tolist() if item not in flying], np.int64) if flying else lacking
+        if not flying:
+            answer = await self._ask(user, lacking)
+            held.rows[~held.fresh], held.found[~held.fresh] = answer.items, answer.found
+            return Fetched(answer.user, held.rows[place], held.found[place])
+        asked = np.array([item for item in lacking.tolist() if item not in flying], np.int64)
         waits = [self._ask(user, asked), *map(asyncio.shield, dict.fromkeys(flying.values()))]
         own, *others = await asyncio.gather(*waits, return_exceptions=True)
         if isinstance(own, BaseException):
@@ -77,15 +82,12 @@ class FeatureQuery:
                 raise other
         if len(answers) <= len(others):  # a damaged record, perhaps their user's, who is none of ours
             answers.append(await self._ask(None, lacking))
-        rows, found = held.rows, held.found
-        if len(lacking):
-            rows, found = rows.copy(), found.copy()
-            for fetched in answers:
-                theirs = fetched.items["id"]
-                common = np.isin(theirs, lacking, assume_unique=True)
-                at = np.searchsorted(ids, theirs[common])
-                rows[at], found[at] = fetched.items[common], fetched.found[common]
-        return Fetched(own.user, rows[place], found[place])
+        for fetched in answers:
+            theirs = fetched.items["id"]
+            common = np.isin(theirs, lacking, assume_unique=True)
+            at = np.searchsorted(ids, theirs[common])
+            held.rows[at], held.found[at] = fetched.items[common], fetched.found[common]
+        return Fetched(own.user, held.rows[place], held.found[place])
 
     async def _fetch_async(self, user: str, ids: np.ndarray, place: np.ndarray, held: Lookup) -> Fetched:
         """What there is; the rest is asked for in the background."""
@@ -104,8 +106,7 @@ class FeatureQuery:
     def _ask(self, user: str | None, ids: np.ndarray, *, patient: bool = False) -> asyncio.Future[Fetched]:
         task = self._start(self._load(user, ids, patient))
         if self.cache is not None and not task.done():
-            for item in ids.tolist():
-                self._flights[item] = task
+            self._flights |= dict.fromkeys(ids.tolist(), task)
             task.add_done_callback(lambda done: self._landed(done, ids))
         return asyncio.shield(task)
 
@@ -122,10 +123,7 @@ class FeatureQuery:
 
     def _refresh(self, items: Iterable[int]) -> None:
         room = WAITING - len(self._waiting)
-        for item in items:
-            if item not in self._flights and room > 0:
-                self._waiting[item] = None
-                room -= 1
+        self._waiting |= dict.fromkeys(islice((item for item in items if item not in self._flights), room))
         if self._waiting and not self._refreshing and time.monotonic() >= self._rest_until:
             self._start(self._background())
 
@@ -134,7 +132,12 @@ class FeatureQuery:
         try:
             while self._waiting:
                 await asyncio.sleep(GATHER_SECONDS)
-                wanted = [self._waiting.popitem()[0] for _ in range(min(REFRESH, len(self._waiting)))]
+                wanted = list(islice(self._waiting, REFRESH))
+                if len(wanted) == len(self._waiting):
+                    self._waiting.clear()
+                else:
+                    for item in wanted:
+                        del self._waiting[item]
                 await self._refresh_these(np.sort(np.array(wanted, np.int64)))
         except StoreError as error:
             log.debug("items are not refreshed: %s", error)

@@ -7,9 +7,9 @@ import importlib.util
 import logging
 import random
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Coroutine
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
 
 import numpy as np
 
@@ -229,9 +229,11 @@ async def _answer(call: Awaitable[Any], seconds: float, name: str) -> Any:
     """
     from redis.exceptions import RedisError
 
-    task = asyncio.ensure_future(call)
+    asked = cast("Coroutine[Any, Any, Any]", call)
+    task = asyncio.Task(asked, loop=asyncio.get_running_loop(), eager_start=True)
     task.add_done_callback(_retrieved)
-    await asyncio.wait((task,), timeout=seconds)
+    if not task.done():
+        await asyncio.wait((task,), timeout=seconds)
     if not task.done():
         raise StoreError(f"store {name} does not answer within {seconds * 1e3:g} ms")
     try:
