@@ -78,6 +78,7 @@ ROWS = (
     Row("cache (sync)", "sync", False, False),
     Row("cache (async)", "async", False, False),
     Row("memory optimisation", "off", True, False),
+    Row("cache (sync), memory optimisation", "sync", True, False),
     Row("cache (async), memory optimisation", "async", True, False),
     Row("the same, garbage collection frozen", "async", True, True),
 )
