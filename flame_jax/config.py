@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from flame_jax.feature_config import CacheConfig, DataConfig, StoreConfig, at_least
+from flame_jax.feature_config import LONGEST_SECONDS, CacheConfig, DataConfig, StoreConfig, at_least
 from flame_jax.packing import Layout
 from flame_jax.schema import FeatureSchema
 
@@ -94,6 +94,7 @@ class ModelConfig:
         table_dtype: type in which the embedding tables of items and side features are served.
         item_table: where the items' embedding table is kept when serving: in device memory, so that only ids
             travel, or in host memory, when it is larger than the device's; its rows then travel in the slot.
+        hot_rows: rows of a table in host memory, those used most, that the device holds too: they do not travel.
     """
 
     architecture: Literal["climber", "hstu", "transformer"] = "climber"
@@ -107,13 +108,16 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     table_dtype: Literal["float32", "bfloat16"] = "float32"
     item_table: Literal["device", "host"] = "device"
+    hot_rows: int = 0
     head: HeadConfig = HeadConfig()
     climber: ClimberConfig = ClimberConfig()
     hstu: HstuConfig = HstuConfig()
 
     def __post_init__(self) -> None:
         at_least(1, "model", self, "width", "layers", "heads", "head_dim", "ffn")
-        at_least(0, "model", self, "position_rows")
+        at_least(0, "model", self, "position_rows", "hot_rows")
+        if self.hot_rows and self.item_table != "host":
+            raise ValueError("model.hot_rows are of an item table in host memory: set model.item_table to host")
         if not self.name:
             raise ValueError("model.name is empty")
         if self.item_table == "host" and self.table_dtype == "bfloat16" and self.width % 2:
@@ -237,14 +241,20 @@ class DispatchConfig:
         executors: executors (slot + executable) per bucket, so batches in flight at most.
         max_queue: requests waiting at most; one more is refused.
         row_threads: that copy rows of an item table in host memory to slots (model.item_table).
+        hot_rows_seconds: between two choices of the rows that the device holds (model.hot_rows).
     """
 
     executors: int = 2
     max_queue: int = 1024
     row_threads: int = 4
+    hot_rows_seconds: float = 60.0
 
     def __post_init__(self) -> None:
         at_least(1, "dispatch", self, "executors", "max_queue", "row_threads")
+        if not 0 < self.hot_rows_seconds <= LONGEST_SECONDS:
+            raise ValueError(
+                f"dispatch.hot_rows_seconds must lie in (0, {LONGEST_SECONDS:g}], not {self.hot_rows_seconds}"
+            )
 
 
 @dataclass(frozen=True)

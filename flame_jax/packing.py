@@ -148,12 +148,15 @@ FIELD_WORDS = 64
 """Fields begin at multiples of so many words: programs hand them to kernels in place, which want 256 bytes."""
 
 
-def slot_layout(schema: FeatureSchema, layout: Layout, bucket: Bucket, *, host_words: int = 0) -> SlotLayout:
+def slot_layout(
+    schema: FeatureSchema, layout: Layout, bucket: Bucket, *, host_words: int = 0, hot: bool = False
+) -> SlotLayout:
     """Derive the slot of `bucket` from the schema.
 
     Fields: `rows` int32[R_max, 5 + blocks]; `item`, `action`, `time` int32[blocks, T]; `item.<name>`
     [C_max] of item features that travel; `user.<name>` and `context.<name>` [R_max]; with `host_words`,
-    `embedding` int32[blocks, T, host_words], the rows of an item table in host memory.
+    `embedding` int32[blocks, T, host_words], the rows of an item table in host memory; with `hot`, `hot`
+    int32[blocks, T], the places of rows that the device holds, -1 for those that came with the slot.
 
     Raises:
         ValueError: the bucket is not a positive multiple of the alignment.
@@ -171,6 +174,8 @@ def slot_layout(schema: FeatureSchema, layout: Layout, bucket: Bucket, *, host_w
     for group, feature in schema.slot_features:
         length = candidates if group == "item" else requests
         shapes.append((feature_field(group, feature), (length,), feature.dtype))
+    if hot:
+        shapes.append(("hot", (blocks, tokens), int32))
     if host_words:
         shapes.append(("embedding", (blocks, tokens, host_words), int32))
     fields, offset = [], 0

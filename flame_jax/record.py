@@ -102,12 +102,19 @@ class RecordLayout:
         return len(record) == self._body + 3 * lengths + int(record[_COUNT]) * (1 + len(self._item_fields))
 
     def fill(
-        self, slot: Mapping[str, np.ndarray], pieces: Sequence[Piece], bucket: Bucket, layout: Layout
+        self,
+        slot: Mapping[str, np.ndarray],
+        pieces: Sequence[Piece],
+        bucket: Bucket,
+        layout: Layout,
+        places: np.ndarray | None = None,
     ) -> list[slice]:
         """Copy pieces into a slot that holds no others.
 
         Args:
             slot: the slot's field views, its request rows zero.
+            places: int32[item rows], where the device holds a row of the item table, -1 where it does not; None: it
+                is to hold none.
 
         Returns:
             Rows of the scores float32[C_max, tasks] that belong to each piece.
@@ -116,18 +123,25 @@ class RecordLayout:
             ValueError: the pieces do not fit the bucket.
         """
         extents = [self.piece_extent(piece) for piece in pieces]
-        places = place(extents, bucket, layout)
+        wheres = place(extents, bucket, layout)
         copies: list[Copy] = []
-        for row, (where, piece) in enumerate(zip(places, pieces, strict=True)):
-            copies += self.write(slot, row, where, *piece)
+        for row, (where, piece) in enumerate(zip(wheres, pieces, strict=True)):
+            copies += self.write(slot, row, where, *piece, places)
         if self._item_table is not None:
             self._item_table.copy(copies)
         base = bucket.tokens - bucket.candidates
-        starts = [where.candidate_start - base for where in places]
+        starts = [where.candidate_start - base for where in wheres]
         return [slice(at, at + extent.candidates) for at, extent in zip(starts, extents, strict=True)]
 
     def write(
-        self, slot: Mapping[str, np.ndarray], row: int, place: Place, record: np.ndarray, low: int, high: int
+        self,
+        slot: Mapping[str, np.ndarray],
+        row: int,
+        place: Place,
+        record: np.ndarray,
+        low: int,
+        high: int,
+        places: np.ndarray | None = None,
     ) -> list[Copy]:
         """Copy candidates [low, high) of a record, with its whole history, into a slot.
 
@@ -135,6 +149,7 @@ class RecordLayout:
             slot: the slot's field views.
             row: the request row to fill.
             place: where the piece lies on the token axis.
+            places: see `fill`.
 
         Returns:
             What is left to be copied from the item table in host memory.
@@ -160,20 +175,46 @@ class RecordLayout:
                 item[block, rows][::2], action[block, rows][1::2] = items, actions
                 time[block, rows] = np.repeat(times, 2)
             if self._item_table is not None:
-                embedding = slot["embedding"][block, rows]
-                copies.append((items, embedding[:: self._stride]))
-                if self._stride == 2:
-                    embedding[1::2] = 0
+                copies.append(_embed(slot, block, rows, self._stride, items, places))
         rows = slice(place.candidate_start, place.candidate_start + high - low)
         item[:, rows] = record[at + low : at + high]
         action[:, rows] = self.candidate_action
         time[:, rows] = now
         if self._item_table is not None:
             candidates = record[at + low : at + high]
-            copies += [(candidates, block[rows]) for block in slot["embedding"]]
+            copies += [_embed(slot, block, rows, 1, candidates, places) for block in range(self.blocks)]
         for name in self._item_fields:
             at += count
             column = slot[name].view(np.int32)
             first = place.candidate_start - (item.shape[1] - len(column))
             column[first : first + high - low] = record[at + low : at + high]
         return copies
+
+
+def _embed(
+    slot: Mapping[str, np.ndarray],
+    block: int,
+    rows: slice,
+    stride: int,
+    items: np.ndarray,
+    places: np.ndarray | None,
+) -> Copy:
+    """Name the places of items that the device holds; what is left to be copied for these rows of the token axis.
+
+    Args:
+        stride: 2 where every other row is none of an item, and embeds as zeros.
+    """
+    embedding = slot["embedding"][block, rows]
+    if stride == 2:
+        embedding[1::2] = 0
+    if "hot" not in slot:
+        return Copy(items, embedding[::stride])
+    hot = slot["hot"][block, rows]
+    hot[:] = -1
+    if places is None:
+        return Copy(items, embedding[::stride])
+    if len(items) and items.min() < 0:  # NumPy would count from the end
+        raise IndexError(f"an item table has no row {items.min()}")
+    hot[::stride] = held = places[items]
+    cold = np.flatnonzero(held < 0)
+    return Copy(items[cold], embedding[::stride], cold)

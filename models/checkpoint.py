@@ -16,7 +16,7 @@ from flame_jax.schema import FeatureSchema
 from flame_jax.vocabulary import Vocabularies, Vocabulary
 
 KEEP = 2
-_SERVING_ONLY = {("model", "table_dtype"), ("model", "item_table")}
+_SERVING_ONLY = {("model", "table_dtype"), ("model", "item_table"), ("model", "hot_rows")}
 
 
 class CheckpointError(Exception):

@@ -51,7 +51,7 @@ def embed_tokens(
     """Token embeddings of a packed batch (docs/models.md, "Tokens"); side features join the candidates only.
 
     Args:
-        item: None where the table is in host memory and its rows came with the batch.
+        item: None where the table is in host memory and its rows came with the batch, or are held on the device.
         tail: tiles of the candidate rows, the last rows of the token axis.
 
     Returns:
@@ -59,6 +59,10 @@ def embed_tokens(
     """
     if item is None:
         x = brought_rows(packed["embedding"], action.shape[-1])
+        if "hot" in packed:
+            places = packed["hot"][..., None]
+            held = packed["hot_rows"][jnp.maximum(packed["hot"], 0)].astype(jnp.float32)
+            x = jnp.where(places < 0, x, held)
     else:
         x = _rows_or_none(item[...], packed["item"], schema)
     x += _rows_or_none(action[...], packed["action"], schema)

@@ -18,6 +18,9 @@ from flame_jax.packing import Bucket, Layout, SlotLayout, slot_layout
 from flame_jax.pallas_kernels.kernels import REFERENCE, Kernels
 from flame_jax.schema import FeatureSchema
 
+HOT = "hot"
+"""Name among the weights, and in a slot, of an item table's rows that the device holds (`model.hot_rows`)."""
+
 RankFunction = Callable[[Sequence[jax.Array], jax.Array], jax.Array]
 
 
@@ -54,25 +57,35 @@ def served_model(config: ModelConfig, schema: FeatureSchema, vocabulary: int) ->
 
 def served_slot(config: ModelConfig, schema: FeatureSchema, layout: Layout, bucket: Bucket) -> SlotLayout:
     """The slot that the served model reads."""
-    return slot_layout(schema, layout, bucket, host_words=config.host_words)
+    return slot_layout(schema, layout, bucket, host_words=config.host_words, hot=config.hot_rows > 0)
 
 
 def served_specs(config: ModelConfig, schema: FeatureSchema, vocabulary: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Name -> shape and dtype of what lies on the device.
 
     Tables of items and features are in `model.table_dtype`; matrices, and tables of positions and times, in
-    `model.dtype`.
+    `model.dtype`. `HOT` is the last.
     """
     specs = weight_specs(served_model(config, schema, vocabulary))
-    return {name: jax.ShapeDtypeStruct(s.shape, _served_dtype(config, name, s.dtype)) for name, s in specs.items()}
+    served = {name: jax.ShapeDtypeStruct(s.shape, _served_dtype(config, name, s.dtype)) for name, s in specs.items()}
+    if config.hot_rows:
+        served[HOT] = jax.ShapeDtypeStruct((hot_rows(config, vocabulary), config.width), jnp.dtype(config.table_dtype))
+    return served
 
 
 def served_weights(config: ModelConfig, weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Trained weights as they are served, see `served_specs`."""
     served = {name: np.asarray(w).astype(_served_dtype(config, name, w.dtype)) for name, w in weights.items()}
     if config.item_table == "host":
-        del served["item"]
+        table = served.pop("item")
+        if config.hot_rows:
+            served[HOT] = table[: hot_rows(config, len(table))]
     return served
+
+
+def hot_rows(config: ModelConfig, vocabulary: int) -> int:
+    """Rows of an item table in host memory that the device holds; at first they are the table's first."""
+    return min(config.hot_rows, vocabulary)
 
 
 def host_item_table(config: ModelConfig, weights: Mapping[str, np.ndarray]) -> np.ndarray | None:
@@ -139,9 +152,13 @@ def rank_function(
     flat = nnx.to_flat_state(state)
 
     def rank(weights: Sequence[jax.Array], words: jax.Array) -> jax.Array:
-        leaves = [(path, leaf.replace(w)) for (path, leaf), w in zip(flat, weights, strict=True)]
+        own, hot = (weights[:-1], weights[-1]) if config.hot_rows else (weights, None)
+        leaves = [(path, leaf.replace(w)) for (path, leaf), w in zip(flat, own, strict=True)]
         model = nnx.merge(graph, nnx.from_flat_state(leaves))
-        logits = model(unpack(words, slot), layout=layout, candidates=slot.bucket.candidates, kernels=kernels)
+        fields = unpack(words, slot)
+        if hot is not None:
+            fields["hot_rows"] = hot
+        logits = model(fields, layout=layout, candidates=slot.bucket.candidates, kernels=kernels)
         return jax.nn.sigmoid(logits)
 
     return rank

@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Coroutine, Sequence
 from functools import partial
 from typing import Any
@@ -24,6 +25,7 @@ from flame_jax.fke.compile import CompileCounter
 from flame_jax.fke.repository import Repository, RepositoryError, SingleArtifact, Source
 from flame_jax.fke.signing import KeyFileError, TrustedKeys
 from flame_jax.pda import affinity
+from flame_jax.pda.hot_rows import SAMPLE
 from flame_jax.pda.open import open_store
 from flame_jax.pda.query import FeatureQuery
 from flame_jax.pda.store import Store, StoreError
@@ -33,7 +35,7 @@ from flame_jax.server.background import any_running, in_background
 from flame_jax.server.control import CONTROL, ModelControl
 from flame_jax.server.listen import StartError, address, bind, open_port
 from flame_jax.server.live import LiveModel, Loader, LoadError
-from flame_jax.server.metrics import Metrics
+from flame_jax.server.metrics import Metrics, Row
 from flame_jax.server.models import STEPS, Models
 from flame_jax.server.ranking import SERVICE, RankingService
 from flame_jax.server.reload import Reloader
@@ -213,6 +215,12 @@ def _export(metrics: Metrics, models: Models, service: RankingService, compiles:
     metrics.counters(
         "flame_compiles_after_ready", "XLA compilations since the server was ready", [], lambda: [((), compiles.count)]
     )
+    metrics.counters(
+        "flame_item_rows",
+        "Rows of item tables in host memory that calls used, about, by the memory that held them",
+        ["version", "memory"],
+        lambda: _item_rows(models),
+    )
     metrics.gauge("flame_in_flight", "Calls being answered", lambda: service.in_flight)
     metrics.gauge(
         "flame_queued", "Requests waiting for a dispatcher", lambda: sum(live.dispatcher.queued for live, _ in models)
@@ -236,6 +244,16 @@ def _export(metrics: Metrics, models: Models, service: RankingService, compiles:
         ["version"],
         lambda: sorted({((live.version,), live.engine.golden_difference) for live, _ in models}),
     )
+
+
+def _item_rows(models: Models) -> list[Row]:
+    """Uses of rows that the device held and of rows that came with the slot; a version may be live twice."""
+    totals: Counter[tuple[str, str]] = Counter()
+    for live, _ in models:
+        if live.hot is not None:
+            for memory, count in zip(("device", "host"), live.hot.counted, strict=True):
+                totals[live.version, memory] += SAMPLE * count
+    return list(totals.items())
 
 
 def _export_cache(metrics: Metrics, query: FeatureQuery) -> None:

@@ -20,6 +20,7 @@ from flame_jax.fke.repository import Version
 from flame_jax.fke.signing import TrustedKeys
 from flame_jax.host_table import host_table
 from flame_jax.pda.assembler import Assembler
+from flame_jax.pda.hot_rows import HotRows, Renewal
 from flame_jax.pda.page_lock import PageLock
 from flame_jax.pda.store import Store, StoreError
 from flame_jax.server.validation import Validator
@@ -74,6 +75,7 @@ class LiveModel:
         in_flight: calls routed to it that have not ended.
         ok: calls answered since it got its role.
         failed: calls that ended by its own fault since then.
+        hot: rows of an item table in host memory that the device holds, if any.
 
     Raises:
         OSError: slots can't be allocated.
@@ -95,6 +97,11 @@ class LiveModel:
         self._table = host_table(engine.item_table, config.dispatch.row_threads)
         self.assembler = Assembler(manifest.schema, engine.vocabularies, self._table)
         self.page_lock = PageLock(engine.device)
+        self._renewal: Renewal | None = None
+        self.hot: HotRows | None = None
+        if engine.item_table is not None and engine.hot_rows is not None:
+            self.hot = HotRows(engine.item_table, engine.hot_rows)
+            self._renewal = Renewal(self.hot, config.dispatch.hot_rows_seconds)
         self.inbox = Inbox(loop)
         # Weakly: a freed version must not wait for the garbage collector to give its device memory back.
         this = weakref.ref(self)
@@ -105,7 +112,7 @@ class LiveModel:
 
         self.dispatcher = Dispatcher(
             [
-                Executor(engine, bucket, self.assembler.layout, manifest.layout, self.page_lock)
+                Executor(engine, bucket, self.assembler.layout, manifest.layout, self.page_lock, self.hot)
                 for bucket in manifest.buckets
                 for _ in range(config.dispatch.executors)
             ],
@@ -128,6 +135,8 @@ class LiveModel:
         stopped = self.dispatcher.stop(seconds)
         if stopped and self._table is not None:
             self._table.close()
+        if self._renewal is not None:
+            self._renewal.close()
         return stopped
 
 

@@ -75,9 +75,12 @@ def pack(
     *,
     dirt: np.random.Generator | None = None,
     item_table: np.ndarray | None = None,
+    hot: bool = False,
+    places: np.ndarray | None = None,
 ) -> Packed:
-    """Fill a slot; with `dirt`, token rows hold an earlier batch's leftovers first."""
-    slot = slot_layout(schema, layout, bucket, host_words=0 if item_table is None else item_table.shape[1])
+    """Fill a slot; with `dirt`, token rows hold an earlier batch's leftovers first; see `slot_layout` for `hot`."""
+    words_of_row = 0 if item_table is None else item_table.shape[1]
+    slot = slot_layout(schema, layout, bucket, host_words=words_of_row, hot=hot)
     words = np.zeros(slot.words, np.int32)
     fields = slot.views(words)
     if dirt is not None:
@@ -86,7 +89,7 @@ def pack(
     records = RecordLayout(schema, host_table(item_table))
     encoded = [encode(schema, r) for r in requests]
     extents = [records.extent(record) for record in encoded]
-    places = place(extents, bucket, layout)
+    wheres = place(extents, bucket, layout)
     pieces = [Piece(record, 0, extent.candidates) for record, extent in zip(encoded, extents, strict=True)]
-    records.fill(fields, pieces, bucket, layout)
-    return Packed(words, fields, places)
+    records.fill(fields, pieces, bucket, layout, places)
+    return Packed(words, fields, wheres)

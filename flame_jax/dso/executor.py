@@ -9,6 +9,7 @@ import numpy as np
 
 from flame_jax.fke.engine import Engine
 from flame_jax.packing import Bucket, Layout
+from flame_jax.pda.hot_rows import HotRows
 from flame_jax.pda.page_lock import PageLock
 from flame_jax.pda.staging import Slot
 from flame_jax.record import Piece, RecordLayout
@@ -18,12 +19,19 @@ class Executor:
     """Fills its slot, launches, and reads the scores of each piece back, in this order; the slot refuses any other."""
 
     def __init__(
-        self, engine: Engine, bucket: Bucket, records: RecordLayout, layout: Layout, page_lock: PageLock
+        self,
+        engine: Engine,
+        bucket: Bucket,
+        records: RecordLayout,
+        layout: Layout,
+        page_lock: PageLock,
+        hot: HotRows | None = None,
     ) -> None:
         self.bucket = bucket
         self._engine, self._records, self._layout = engine, records, layout
         self._slot = Slot(engine.slots[bucket])
         page_lock.lock(self._slot)
+        self._hot, self._held = hot, hot.held if hot is not None else None
         self._rows: list[slice] = []
         self._result: jax.Array | None = None
 
@@ -35,7 +43,12 @@ class Executor:
         """
         fields = self._slot.fill()
         try:
-            self._rows = self._records.fill(fields, pieces, self.bucket, self._layout)
+            if self._hot is not None:
+                self._held = self._hot.held
+            places = None if self._held is None else self._held.places
+            self._rows = self._records.fill(fields, pieces, self.bucket, self._layout, places)
+            if self._hot is not None:
+                self._hot.seen(fields["item"])
         except BaseException:
             self._slot.release()
             raise
@@ -44,7 +57,8 @@ class Executor:
         """Start the executable; returns at once."""
         words = self._slot.launch()
         try:
-            self._result = self._engine.launch(self.bucket, words)
+            hot = None if self._held is None else self._held.rows
+            self._result = self._engine.launch(self.bucket, words, hot)
         except BaseException:
             self._end()
             raise
@@ -55,7 +69,7 @@ class Executor:
         try:
             result = np.asarray(self._result)
         finally:
-            self._result = None
+            self._result = self._held = None
             self._end()
         return [result[rows] for rows in self._rows]
 

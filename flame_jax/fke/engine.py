@@ -168,16 +168,23 @@ class Engine:
         """Scores float32[C_max, tasks] of one batch, waited for."""
         return np.asarray(self.launch(bucket, words))
 
-    def launch(self, bucket: Bucket, words: np.ndarray) -> jax.Array:
+    @property
+    def hot_rows(self) -> jax.Array | None:
+        """[hot rows, width], the rows of an item table in host memory that the device holds, where it holds any."""
+        return self._weights[-1] if self.manifest.model.hot_rows else None
+
+    def launch(self, bucket: Bucket, words: np.ndarray, hot: jax.Array | None = None) -> jax.Array:
         """Start one batch and return at once.
 
         Args:
             words: int32[slot words]; must not change before the result is ready.
+            hot: held in place of `hot_rows`, as the slot's places are.
 
         Returns:
             float32[C_max, tasks], the probability of every candidate row; see `scores_memory`.
         """
-        result: jax.Array = self._executables[bucket](self._weights, words)
+        weights = self._weights if hot is None else [*self._weights[:-1], hot]
+        result: jax.Array = self._executables[bucket](weights, words)
         return result
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -36,10 +37,12 @@ def test_rows_of_a_table_are_copied_with_every_number_of_threads(monkeypatch: py
     monkeypatch.setattr(host_rows, "BATCHES", 2)
     monkeypatch.setattr(host_rows, "STEP", 999)
     result = host_rows.host_rows(lambda _: None, rows=5000)
-    assert {(row["asked"], row["threads"]) for row in result["host_rows"]} == {
-        (asked, threads) for asked in ("uniform", "Zipf 1.0") for threads in host_rows.THREADS
-    }
-    assert host_rows.table(result).count("\n") == 7
+    ways = {(row["asked"], row["held"], row["threads"]) for row in result["host_rows"]}
+    assert ways == set(product(("uniform", "Zipf 1.0"), (0, 25, 250), host_rows.THREADS))
+    copied = {(row["asked"], row["held"]): row["copied"] for row in result["host_rows"]}
+    assert copied["uniform", 0] == 1
+    assert copied["uniform", 250] > copied["Zipf 1.0", 25] > copied["Zipf 1.0", 250] > 0
+    assert host_rows.table(result).count("\n") == len(ways) + 1
 
 
 def test_calls_are_counted_under_faults_and_none_gets_anothers_value(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,7 @@ class SlowEngine:
         self.launching: Exception | None = None
         self.running: Exception | None = None
 
-    def launch(self, bucket: Bucket, words: np.ndarray) -> LateResult:
+    def launch(self, bucket: Bucket, words: np.ndarray, hot: jax.Array | None = None) -> LateResult:
         if self.launching is not None:
             raise self.launching
         return LateResult(words, self.running)

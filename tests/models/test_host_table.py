@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import time
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -10,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from flame_jax.config import Config, ModelConfig
+from flame_jax.config import Config, DispatchConfig, ModelConfig
 from flame_jax.dso.executor import Executor
 from flame_jax.export import main
 from flame_jax.fke.artifact import Artifact, ArtifactError
@@ -19,8 +22,10 @@ from flame_jax.fke.manifest import ITEM_TABLE
 from flame_jax.host_table import host_table
 from flame_jax.models.serving import host_item_table, rank_function, served_slot, served_weights
 from flame_jax.pda.assembler import Assembler
+from flame_jax.pda.hot_rows import HotRows
 from flame_jax.pda.page_lock import PageLock
 from flame_jax.record import Piece
+from flame_jax.server.live import LiveModel
 from tests import tiny
 from tests.models.test_rankers import BUCKET, CASES, LAYOUT, LENGTH, ROWS, requests_of, weights_of
 from tests.packed import pack
@@ -54,14 +59,52 @@ def test_scores_are_those_of_the_table_on_the_device(name: str, table_dtype: Typ
     np.testing.assert_allclose(scores[1], scores[0], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("table_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["climber", "hstu recsys_examples"])
+def test_rows_that_the_device_holds_change_no_bit(name: str, table_dtype: Type) -> None:
+    case, count = CASES[name], 9
+    model = dataclasses.replace(case.config, table_dtype=table_dtype, item_table="host", hot_rows=count)
+    table, weights = host_item_table(model, weights_of(name)), served_weights(model, weights_of(name))
+    assert table is not None
+    assert list(weights)[-1] == "hot"
+    requests = requests_of(name, [(LENGTH, 5, 20), (3, 0, 17), (0, 2, 1)], np.random.default_rng(3))
+    function = jax.jit(rank_function(model, case.schema, LAYOUT, served_slot(model, case.schema, LAYOUT, BUCKET), ROWS))
+    random, scores, filled = np.random.default_rng(4), list[np.ndarray](), np.zeros(0, bool)
+    for choice in (None, np.arange(count), random.choice(ROWS, count, replace=False)):
+        places = None if choice is None else np.full(ROWS, -1, np.int32)
+        held = weights["hot"]
+        if places is not None and choice is not None:
+            places[choice] = np.arange(count)
+            held = table[choice].view(held.dtype)
+        packed = pack(case.schema, LAYOUT, BUCKET, requests, item_table=table, hot=True, places=places)
+        if choice is None:
+            filled = packed.fields["hot"] < 0
+        from_device = filled & (packed.fields["hot"] >= 0)
+        assert from_device.any() == (choice is not None)
+        packed.fields["embedding"][from_device] = -1  # no number, in either type
+        given = [jax.numpy.asarray(w) for w in [*weights.values()][:-1]] + [jax.numpy.asarray(held)]
+        whole = np.asarray(function(given, packed.words))
+        firsts = [where.candidate_start - (BUCKET.tokens - BUCKET.candidates) for where in packed.places]
+        scores.append(
+            np.concatenate([whole[at : at + len(r.candidates)] for at, r in zip(firsts, requests, strict=True)])
+        )
+    assert np.isfinite(scores[0]).all()
+    assert scores[0].tobytes() == scores[1].tobytes() == scores[2].tobytes()
+
+
+def test_hot_rows_are_of_a_table_in_host_memory() -> None:
+    with pytest.raises(ValueError, match="host"):
+        ModelConfig(hot_rows=3)
+
+
 def test_a_width_that_no_whole_words_hold_is_refused() -> None:
     with pytest.raises(ValueError, match="even"):
         ModelConfig(width=15, table_dtype="bfloat16", item_table="host")
 
 
-def exported(config: Config, folder: Path, place: Place, table_dtype: Type = "float32") -> Artifact:
-    name = f"{place}_{table_dtype}"
-    model = dataclasses.replace(config.model, item_table=place, table_dtype=table_dtype)
+def exported(config: Config, folder: Path, place: Place, table_dtype: Type = "float32", hot_rows: int = 0) -> Artifact:
+    name = f"{place}_{table_dtype}_{hot_rows}"
+    model = dataclasses.replace(config.model, item_table=place, table_dtype=table_dtype, hot_rows=hot_rows)
     export = dataclasses.replace(config.export, artifact=str(folder / name), buckets=tiny.BUCKETS[:1])
     whole = dataclasses.replace(config, layout=tiny.LAYOUT, model=model, export=export)
     main(["build", "--config", tiny.write_config(whole, folder / f"{name}.yaml")])
@@ -102,3 +145,58 @@ def test_where_the_table_lies_is_chosen_at_export_and_changes_no_score(tmp_path:
     (host.path / ITEM_TABLE).unlink()
     with pytest.raises(ArtifactError, match=ITEM_TABLE):
         Engine(host, tiny.device())
+
+
+def test_an_executor_scores_the_same_while_other_rows_are_held(tmp_path: Path) -> None:
+    """An artifact with hot rows, from export to scores, with a new choice before, between and after its steps."""
+    artifact = exported(tiny.trained_run().config, tmp_path, "host", hot_rows=5)
+    engine = Engine(artifact, tiny.device())
+    engine.warm()
+    assert engine.item_table is not None
+    assert engine.hot_rows is not None
+    hot = HotRows(engine.item_table, engine.hot_rows)
+    assembler = Assembler(tiny.SCHEMA, engine.vocabularies, host_table(engine.item_table, threads=2))
+    plain = Executor(engine, tiny.BUCKETS[0], assembler.layout, tiny.LAYOUT, PageLock(engine.device))
+    executor = Executor(engine, tiny.BUCKETS[0], assembler.layout, tiny.LAYOUT, PageLock(engine.device), hot)
+    random, chosen = np.random.default_rng(0), set[bytes]()
+
+    def another() -> None:
+        for _ in range(200):
+            hot.seen(random.choice(tiny.ITEMS, 5).astype(np.int32).repeat(40))
+        hot.renew()
+        chosen.add(hot.held.places.tobytes())
+
+    for user in (3, 4, 3, 5):
+        request, fetched = tiny.request_of(user)
+        piece = Piece(assembler.assemble(request, fetched).record, 0, 10)
+        found = []
+        for one, between in ((plain, False), (executor, True)):
+            for step in (partial(one.fill, [piece]), one.launch):
+                if between:
+                    another()
+                step()
+            if between:
+                another()
+            found.append(one.scores()[0])
+        assert found[0].tobytes() == found[1].tobytes()
+    assert len(chosen) > 3
+    asyncio.run(served_while_rows_change(engine, Piece(assembler.assemble(*tiny.request_of(4)).record, 0, 10), plain))
+
+
+async def served_while_rows_change(engine: Engine, piece: Piece, plain: Executor) -> None:
+    """As the server serves it: a thread of the live version holds what its calls use."""
+    plain.fill([piece])
+    plain.launch()
+    right = plain.scores()[0]
+    config = dataclasses.replace(Config(), dispatch=DispatchConfig(hot_rows_seconds=0.01))
+    live = LiveModel(engine, "1", config, asyncio.get_running_loop(), lambda _: None)
+    assert live.hot is not None
+    first, until = live.hot.held, time.monotonic() + 20
+    while live.hot.held is first or min(live.hot.counted) == 0:
+        assert time.monotonic() < until
+        ticket, future = live.inbox.open()
+        live.dispatcher.submit(ticket, piece.record, time.monotonic_ns() + 10**10)
+        scores = (await future).scores
+        assert scores is not None
+        assert scores.tobytes() == right.tobytes()
+    assert live.stop(5.0)

@@ -140,7 +140,7 @@ def run(
 
 def nan(engine: Engine) -> None:
     right = engine.launch
-    engine.launch = lambda bucket, words: right(bucket, words) * np.nan  # type: ignore[method-assign]
+    engine.launch = lambda *given: right(*given) * np.nan  # type: ignore[method-assign]
 
 
 def raising(error: BaseException) -> Callable[[Engine], None]:

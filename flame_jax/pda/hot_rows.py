@@ -1,0 +1,104 @@
+"""Rows of an item table in host memory that the device holds too: those used most, chosen anew from time to time.
+
+A row that the device holds need not be copied to the slot, which then names its place on the device instead.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+log = logging.getLogger(__name__)
+
+SAMPLE = 16
+"""One of so many rows of a batch is counted."""
+BETTER = 1.01
+"""How many times as much use other rows must have had to take the places of those that are held."""
+
+
+class Held(NamedTuple):
+    """A choice of rows. A batch is filled and run by one and the same.
+
+    Attributes:
+        places: int32[table rows], where on the device a row is; -1 for one that is not there.
+        rows: [hot rows, width] on the device.
+    """
+
+    places: np.ndarray
+    rows: jax.Array
+
+
+class HotRows:
+    """Counts which rows are used and keeps the most used on the device; `seen` in one thread, `renew` in another.
+
+    Args:
+        table: int32[rows, words] in host memory.
+        first: what the device holds of it at first, its first rows.
+
+    Attributes:
+        held: the choice for batches that are filled from now on.
+        counted: uses of rows that the device held, and of others, since the start; of one in `SAMPLE`.
+    """
+
+    def __init__(self, table: np.ndarray, first: jax.Array) -> None:
+        self._table, self._count = table, len(first)
+        self._dtype, self._device = first.dtype, next(iter(first.devices()))
+        self._uses = np.zeros(len(table), np.uint32)
+        self._turn = 0
+        self.counted = (0, 0)
+        self._chosen = np.arange(self._count)
+        self.held = Held(self._placed(self._chosen), first)
+
+    def seen(self, items: np.ndarray) -> None:
+        """Count some of int32[...] rows of a batch; -1 stands for none."""
+        self._turn = (self._turn + 1) % SAMPLE
+        some = items.reshape(-1)[self._turn :: SAMPLE]
+        some = some[some >= 0]
+        np.add.at(self._uses, some, 1)
+        held, others = self.counted
+        now = int(np.count_nonzero(self.held.places[some] >= 0))
+        self.counted = held + now, others + len(some) - now
+
+    def renew(self) -> bool:
+        """Choose again by what was seen, of late above all; whether other rows are held now. Takes seconds."""
+        uses = self._uses.copy()
+        self._uses //= 2  # a count that is lost meanwhile is one of a sample
+        chosen = np.sort(np.argpartition(uses, len(uses) - self._count)[len(uses) - self._count :])
+        before, after = int(uses[self._chosen].sum(dtype=np.int64)), int(uses[chosen].sum(dtype=np.int64))
+        if after <= BETTER * before:
+            return False
+        values: Any = np.take(self._table, chosen, axis=0).view(self._dtype)
+        rows = jax.device_put(values, self._device)
+        rows.block_until_ready()
+        self._chosen, self.held = chosen, Held(self._placed(chosen), rows)
+        total = max(1, int(uses.sum(dtype=np.int64)))
+        log.info("the device holds rows of %.1f %% of uses, before %.1f %%", 100 * after / total, 100 * before / total)
+        return True
+
+    def _placed(self, chosen: np.ndarray) -> np.ndarray:
+        places = np.full(len(self._table), -1, np.int32)
+        places[chosen] = np.arange(len(chosen), dtype=np.int32)
+        return places
+
+
+class Renewal:
+    """Renews hot rows every so many seconds, from a thread, until it is closed."""
+
+    def __init__(self, hot: HotRows, seconds: float) -> None:
+        self._hot, self._seconds, self._closed = hot, seconds, threading.Event()
+        threading.Thread(target=self._run, name="flame-hot-rows", daemon=True).start()
+
+    def _run(self) -> None:
+        while not self._closed.wait(self._seconds):
+            try:
+                self._hot.renew()
+            except jax.errors.JaxRuntimeError as error:  # no room on the device for a second copy, say
+                log.error("other rows can't be held on the device: %s", str(error).split("\n", 1)[0])
+
+    def close(self) -> None:
+        """End the thread, after a renewal that is under way."""
+        self._closed.set()
