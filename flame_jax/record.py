@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flame_jax.host_table import Copy, HostTable
+from flame_jax.host_table import Copy, HostTable, find_held
 from flame_jax.packing import Bucket, Extent, Layout, Place, place
 from flame_jax.schema import FeatureSchema, feature_field
 
@@ -213,8 +213,5 @@ def _embed(
     hot[:] = -1
     if places is None:
         return Copy(items, embedding[::stride])
-    if len(items) and items.min() < 0:  # NumPy would count from the end
-        raise IndexError(f"an item table has no row {items.min()}")
-    hot[::stride] = held = places[items]
-    cold = np.flatnonzero(held < 0)
-    return Copy(items[cold], embedding[::stride], cold)
+    hot[::stride], copy = find_held(items, embedding[::stride], places)
+    return copy

@@ -33,15 +33,33 @@ def test_every_row_comes_to_its_place(asked: list[list[int]], threads: int, at_a
         there[slice(None) if at is None else at] = TABLE[wanted]
     with pytest.MonkeyPatch.context() as patch, closing(HostTable(TABLE, threads)) as table:
         patch.setattr(host_table, "ROWS", at_a_time)
+        patch.setattr(host_table, "FEW", 20)
         table.copy(copies)
     np.testing.assert_array_equal(buffer, expected)
 
 
 @pytest.mark.parametrize("row", [-1, 50, 2**31 - 1])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_a_row_that_is_not_there_is_an_error(row: int, threads: int) -> None:
+def test_a_row_that_is_not_there_is_an_error(row: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_table, "FEW", 20)
     out = np.zeros((3000, 6), np.int32)
     rows = np.zeros(3000, np.int32)
     rows[2000] = row
     with closing(HostTable(TABLE, threads)) as table, pytest.raises(IndexError, match=f"{row}"):
         table.copy([Copy(rows, out)])
+    with pytest.raises(IndexError, match=f"{row}"):
+        host_table.find_held(rows, out, np.full(50, -1, np.int32))
+
+
+@given(st.lists(st.integers(0, 49), max_size=30), st.sets(st.integers(0, 49)))
+def test_what_the_device_lacks_is_copied(items: list[int], held: set[int]) -> None:
+    places = np.full(50, -1, np.int32)
+    places[sorted(held)] = np.arange(len(held))
+    out = np.full((len(items), 6), 7, np.int32)
+    found, copy = host_table.find_held(np.array(items, np.int32), out, places)
+    assert found.tolist() == [places[item] for item in items]
+    HostTable(TABLE).copy([copy])
+    for row, item in zip(out, items, strict=True):
+        assert item in held or (row == TABLE[item]).all()
+    lacking = sum(item not in held for item in items)
+    assert len(copy.rows) == (len(items) if 2 * lacking > len(items) else lacking)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from flame_jax.host_table import Copy, HostTable
+from flame_jax.host_table import Copy, HostTable, find_held
 
 ROWS, WORDS = 20_000_000, 64
 """Of 128 numbers in bfloat16: 5.1 GB."""
@@ -79,8 +79,8 @@ def _copy(items: np.ndarray, out: np.ndarray, places: np.ndarray | None) -> Copy
     """What is to be copied, found as `record` finds it."""
     if places is None:
         return Copy(items, out)
-    cold = np.flatnonzero(places[items] < 0)
-    return Copy(items[cold], out, cold)
+    _, copy = find_held(items, out, places)
+    return copy
 
 
 def table(result: dict[str, Any]) -> str:

@@ -33,7 +33,7 @@ class Runs(Protocol):
     def slots(self) -> Mapping[Bucket, SlotLayout]:
         """Layout by bucket."""
 
-    def launch(self, bucket: Bucket, words: Any) -> Any:
+    def launch(self, bucket: Bucket, words: Any, hot: Any = None) -> Any:
         """See `Engine.launch`."""
 
 
@@ -47,7 +47,7 @@ class Trivial:
             for bucket in slots
         }
 
-    def launch(self, bucket: Bucket, words: Any) -> Any:
+    def launch(self, bucket: Bucket, words: Any, hot: Any = None) -> Any:
         """See `Runs.launch`."""
         return self._programs[bucket](words)
 
@@ -61,7 +61,7 @@ class FieldByField:
             bucket: jax.jit(lambda fields, slot=slot: _joined(fields, slot)) for bucket, slot in self.slots.items()
         }
 
-    def launch(self, bucket: Bucket, words: Any) -> Any:
+    def launch(self, bucket: Bucket, words: Any, hot: Any = None) -> Any:
         """See `Runs.launch`."""
         fields = [jax.device_put(field, self._device) for field in self.slots[bucket].views(words).values()]
         return self._engine.launch(bucket, self._joins[bucket](fields))

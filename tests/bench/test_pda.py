@@ -40,8 +40,8 @@ def test_rows_of_a_table_are_copied_with_every_number_of_threads(monkeypatch: py
     ways = {(row["asked"], row["held"], row["threads"]) for row in result["host_rows"]}
     assert ways == set(product(("uniform", "Zipf 1.0"), (0, 25, 250), host_rows.THREADS))
     copied = {(row["asked"], row["held"]): row["copied"] for row in result["host_rows"]}
-    assert copied["uniform", 0] == 1
-    assert copied["uniform", 250] > copied["Zipf 1.0", 25] > copied["Zipf 1.0", 250] > 0
+    assert copied["uniform", 0] == copied["uniform", 250] == 1
+    assert 0 < copied["Zipf 1.0", 250] < 0.5
     assert host_rows.table(result).count("\n") == len(ways) + 1
 
 
@@ -137,7 +137,7 @@ def test_fields_brought_one_by_one_are_the_slot() -> None:
     class Engine:
         slots: ClassVar = {tiny.BUCKETS[0]: slot}
 
-        def launch(self, bucket: Bucket, joined: Any) -> Any:
+        def launch(self, bucket: Bucket, joined: Any, hot: Any = None) -> Any:
             return joined
 
     joined = np.asarray(FieldByField(Engine(), tiny.device()).launch(tiny.BUCKETS[0], words))
