@@ -18,28 +18,28 @@ from flame_jax.commandline import load
 say = partial(print, flush=True)
 
 
-def run_assembly() -> dict[str, Any]:
+def run_assembly(_: argparse.Namespace) -> dict[str, Any]:
     """From features to a record, and into a slot."""
     result = assembly.assembly(say)
     say(assembly.table(result["assembly"]))
     return result
 
 
-def run_faults() -> dict[str, Any]:
+def run_faults(_: argparse.Namespace) -> dict[str, Any]:
     """A store that fails, in the modes of the cache."""
     result = faults.faults(say)
     say(faults.table(result))
     return result
 
 
-def run_host_rows() -> dict[str, Any]:
+def run_host_rows(_: argparse.Namespace) -> dict[str, Any]:
     """Rows of an item table in host memory; takes 5 GB of memory and of disk."""
     result = host_rows.host_rows(say)
     say(host_rows.table(result))
     return result
 
 
-def run_staleness() -> dict[str, Any]:
+def run_staleness(_: argparse.Namespace) -> dict[str, Any]:
     """What answers without waiting cost in AUC; needs what `make demo` makes."""
     config = load(["--config", "configs/demo.yaml"], prog="bench.pda")
     result = staleness.staleness(config, say)
@@ -47,21 +47,22 @@ def run_staleness() -> dict[str, Any]:
     return result
 
 
-def run_table() -> dict[str, Any]:
+def run_table(args: argparse.Namespace) -> dict[str, Any]:
     """FLAME's Table 3: what the cache and the way to the device are worth; on a GPU with the model, else without."""
-    result = ablation.ablation(load(["--config", "configs/climber_base.yaml"], prog="bench.pda"), say)
+    config = load(["--config", "configs/climber_base.yaml"], prog="bench.pda")
+    result = ablation.ablation(config, say, ablation.Size(seconds=args.seconds))
     say(ablation.table(result["table"]))
     return result
 
 
-def run_transfers() -> dict[str, Any]:
+def run_transfers(_: argparse.Namespace) -> dict[str, Any]:
     """A batch to the device and scores back, beside JAX's plain way."""
     result = transfers.transfers(say)
     say(transfers.table(result["transfers"]))
     return result
 
 
-MODES: dict[str, Callable[[], dict[str, Any]]] = {
+MODES: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "assembly": run_assembly,
     "faults": run_faults,
     "rows": run_host_rows,
@@ -81,10 +82,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, mode in MODES.items():
         what.add_argument(f"--{name}", dest="mode", action="store_const", const=name, help=mode.__doc__)
     parser.add_argument("--out", metavar="DIR", help="takes the result as MODE.json")
+    parser.add_argument(
+        "--seconds", type=float, default=10.0, help="that each row of --table is measured (%(default)s)"
+    )
     parser.add_argument("--commit", help="commit of this checkout, for the result file")
     args = parser.parse_args(argv)
     about = describe(shlex.join(["python", "-m", "bench.pda", f"--{args.mode}", "--out", "DIR"]), args.commit)
-    result = MODES[args.mode]()
+    result = MODES[args.mode](args)
     if args.out:
         Path(args.out).mkdir(parents=True, exist_ok=True)
         Path(args.out, f"{args.mode}.json").write_text(json.dumps(about | result, indent=1) + "\n")

@@ -147,7 +147,7 @@ def test_fields_brought_one_by_one_are_the_slot() -> None:
 
 
 def test_the_command_writes_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(command.MODES, "rows", lambda: {"found": 1})
+    monkeypatch.setitem(command.MODES, "rows", lambda _: {"found": 1})
     command.main(["--rows", "--out", str(tmp_path), "--commit", "abc"])
     saved = json.loads((tmp_path / "rows.json").read_text())
     assert (saved["found"], saved["commit"], saved["command"]) == (1, "abc", "python -m bench.pda --rows --out DIR")
