@@ -94,7 +94,8 @@ class ModelConfig:
         table_dtype: type in which the embedding tables of items and side features are served.
         item_table: where the items' embedding table is kept when serving: in device memory, so that only ids
             travel, or in host memory, when it is larger than the device's; its rows then travel in the slot.
-        hot_rows: rows of a table in host memory, those used most, that the device holds too: they do not travel.
+        hot_rows: rows of a table in host memory, those used most, that the device holds too: they need not be copied
+            to the slot.
     """
 
     architecture: Literal["climber", "hstu", "transformer"] = "climber"

@@ -40,6 +40,9 @@ class HostTable:
         self._table = table
         self._pool = ThreadPoolExecutor(threads, "flame-rows") if threads > 1 else None
 
+    def __len__(self) -> int:
+        return len(self._table)
+
     def copy(self, copies: Sequence[Copy]) -> None:
         """Do all of these, and wait.
 
@@ -64,6 +67,13 @@ class HostTable:
         """End the threads."""
         if self._pool is not None:
             self._pool.shutdown()
+
+
+def places_of(chosen: np.ndarray, rows: int) -> np.ndarray:
+    """int32[rows]: where each of int64[n] distinct chosen rows lies among them, -1 for all others."""
+    places = np.full(rows, -1, np.int32)
+    places[chosen] = np.arange(len(chosen), dtype=np.int32)
+    return places
 
 
 def find_held(items: np.ndarray, out: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, Copy]:

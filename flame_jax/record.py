@@ -7,7 +7,7 @@ the history's item rows, actions and times; the candidates' item rows; one colum
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -43,10 +43,13 @@ class RecordLayout:
 
     Args:
         item_table: embeddings of an item table in host memory, copied beside the ids.
+
+    Attributes:
+        item_table: the same.
     """
 
     def __init__(self, schema: FeatureSchema, item_table: HostTable | None = None) -> None:
-        self._item_table = item_table
+        self.item_table = item_table
         self.blocks = len(schema.blocks)
         self.candidate_action = schema.actions
         self._stride = 2 if schema.interleave else 1
@@ -90,6 +93,14 @@ class RecordLayout:
         count, _, _, *lengths = record[: self._head].tolist()
         return Extent(max(lengths) * self._stride, count)
 
+    def items(self, piece: Piece) -> Iterator[np.ndarray]:
+        """int32[n] item rows of a piece: of each block's history, and of its candidates."""
+        lengths, at = piece.record[_LENGTHS : self._head].tolist(), self._body
+        for length in lengths:
+            yield piece.record[at : at + length]
+            at += 3 * length
+        yield piece.record[at + piece.low : at + piece.high]
+
     def piece_extent(self, piece: Piece) -> Extent:
         """Rows a piece takes."""
         return Extent(self.extent(piece.record).history, piece.high - piece.low)
@@ -121,14 +132,15 @@ class RecordLayout:
 
         Raises:
             ValueError: the pieces do not fit the bucket.
+            IndexError: the item table in host memory has no such row.
         """
         extents = [self.piece_extent(piece) for piece in pieces]
         wheres = place(extents, bucket, layout)
         copies: list[Copy] = []
         for row, (where, piece) in enumerate(zip(wheres, pieces, strict=True)):
             copies += self.write(slot, row, where, *piece, places)
-        if self._item_table is not None:
-            self._item_table.copy(copies)
+        if self.item_table is not None:
+            self.item_table.copy(copies)
         base = bucket.tokens - bucket.candidates
         starts = [where.candidate_start - base for where in wheres]
         return [slice(at, at + extent.candidates) for at, extent in zip(starts, extents, strict=True)]
@@ -174,13 +186,13 @@ class RecordLayout:
                 item[block, rows], action[block, rows] = NOTHING, NOTHING
                 item[block, rows][::2], action[block, rows][1::2] = items, actions
                 time[block, rows] = np.repeat(times, 2)
-            if self._item_table is not None:
+            if self.item_table is not None:
                 copies.append(_embed(slot, block, rows, self._stride, items, places))
         rows = slice(place.candidate_start, place.candidate_start + high - low)
         item[:, rows] = record[at + low : at + high]
         action[:, rows] = self.candidate_action
         time[:, rows] = now
-        if self._item_table is not None:
+        if self.item_table is not None:
             candidates = record[at + low : at + high]
             copies += [_embed(slot, block, rows, 1, candidates, places) for block in range(self.blocks)]
         for name in self._item_fields:

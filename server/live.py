@@ -97,11 +97,8 @@ class LiveModel:
         self._table = host_table(engine.item_table, config.dispatch.row_threads)
         self.assembler = Assembler(manifest.schema, engine.vocabularies, self._table)
         self.page_lock = PageLock(engine.device)
-        self._renewal: Renewal | None = None
-        self.hot: HotRows | None = None
-        if engine.item_table is not None and engine.hot_rows is not None:
-            self.hot = HotRows(engine.item_table, engine.hot_rows)
-            self._renewal = Renewal(self.hot, config.dispatch.hot_rows_seconds)
+        first = engine.hand_over_hot_rows()
+        self.hot = HotRows(engine.item_table, first) if engine.item_table is not None and first is not None else None
         self.inbox = Inbox(loop)
         # Weakly: a freed version must not wait for the garbage collector to give its device memory back.
         this = weakref.ref(self)
@@ -124,6 +121,8 @@ class LiveModel:
             on_done=self.inbox.deliver,
             on_fatal=died,
         )
+        # Last: nothing would end its thread if anything before failed.
+        self._renewal = Renewal(self.hot, config.dispatch.hot_rows_seconds) if self.hot is not None else None
 
     @property
     def memory(self) -> dict[str, str]:
@@ -136,7 +135,7 @@ class LiveModel:
         if stopped and self._table is not None:
             self._table.close()
         if self._renewal is not None:
-            self._renewal.close()
+            self._renewal.close(seconds)
         return stopped
 
 

@@ -171,7 +171,7 @@ class _Load:
         busy, begun = time.process_time(), time.monotonic()
         count = self._calling.call(rate, seconds)
         loop.add_reader(end, called)
-        await everyone_called
+        await asyncio.wait_for(everyone_called, seconds * 3 + 30)
         loop.remove_reader(end)
         await asyncio.gather(*tasks)
         share = (time.process_time() - busy) / (time.monotonic() - begun)

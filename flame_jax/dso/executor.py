@@ -9,7 +9,7 @@ import numpy as np
 
 from flame_jax.fke.engine import Engine
 from flame_jax.packing import Bucket, Layout
-from flame_jax.pda.hot_rows import HotRows
+from flame_jax.pda.hot_rows import Held, HotRows
 from flame_jax.pda.page_lock import PageLock
 from flame_jax.pda.staging import Slot
 from flame_jax.record import Piece, RecordLayout
@@ -31,7 +31,8 @@ class Executor:
         self._engine, self._records, self._layout = engine, records, layout
         self._slot = Slot(engine.slots[bucket])
         page_lock.lock(self._slot)
-        self._hot, self._held = hot, hot.held if hot is not None else None
+        self._hot = hot
+        self._held: Held | None = None
         self._rows: list[slice] = []
         self._result: jax.Array | None = None
 
@@ -48,7 +49,7 @@ class Executor:
             places = None if self._held is None else self._held.places
             self._rows = self._records.fill(fields, pieces, self.bucket, self._layout, places)
             if self._hot is not None:
-                self._hot.seen(fields["item"])
+                self._hot.seen(items for piece in pieces for items in self._records.items(piece))
         except BaseException:
             self._slot.release()
             raise
@@ -69,10 +70,11 @@ class Executor:
         try:
             result = np.asarray(self._result)
         finally:
-            self._result = self._held = None
+            self._result = None
             self._end()
         return [result[rows] for rows in self._rows]
 
     def _end(self) -> None:
+        self._held = None
         self._slot.finish()
         self._slot.release()

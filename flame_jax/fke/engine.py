@@ -71,6 +71,7 @@ class Engine:
         if "mosaic" in manifest.kernels.values():
             load_kernel_runtime()
         self._weights = [jax.device_put(host[name], device) for name in specs]
+        self._own = len(specs) - bool(manifest.model.hot_rows)
         self.recompiled: list[Bucket] = []
         # Reading, hashing, loading and compiling all leave the interpreter.
         with ThreadPoolExecutor(1 if beside else None) as pool:
@@ -168,22 +169,24 @@ class Engine:
         """Scores float32[C_max, tasks] of one batch, waited for."""
         return np.asarray(self.launch(bucket, words))
 
-    @property
-    def hot_rows(self) -> jax.Array | None:
-        """[hot rows, width], the rows of an item table in host memory that the device holds, where it holds any."""
-        return self._weights[-1] if self.manifest.model.hot_rows else None
+    def hand_over_hot_rows(self) -> jax.Array | None:
+        """[hot rows, width], the rows of an item table in host memory that the device holds at first, if it holds any.
+
+        They are no longer the engine's: from then on `launch` must be given some.
+        """
+        return self._weights.pop() if self.manifest.model.hot_rows else None
 
     def launch(self, bucket: Bucket, words: np.ndarray, hot: jax.Array | None = None) -> jax.Array:
         """Start one batch and return at once.
 
         Args:
             words: int32[slot words]; must not change before the result is ready.
-            hot: held in place of `hot_rows`, as the slot's places are.
+            hot: the rows of an item table in host memory that the slot's places are of; None: those at first.
 
         Returns:
             float32[C_max, tasks], the probability of every candidate row; see `scores_memory`.
         """
-        weights = self._weights if hot is None else [*self._weights[:-1], hot]
+        weights = self._weights if hot is None else [*self._weights[: self._own], hot]
         result: jax.Array = self._executables[bucket](weights, words)
         return result
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from flame_jax.config import ModelConfig
 from flame_jax.fke.buckets import Ladder
+from flame_jax.host_table import places_of
 from flame_jax.models.serving import served_slot
 from flame_jax.packing import Bucket, Extent, Layout, fits
 from flame_jax.record import BlockEvents, Piece, RecordLayout
@@ -161,7 +162,12 @@ class Packer:
         """A slot's words, and the rows of its scores that belong to each piece."""
         slot = served_slot(self.model, self.schema, self.layout, bucket)
         words = np.zeros(slot.words, np.int32)
-        return words, self.records.fill(slot.views(words), pieces, bucket, self.layout)
+        return words, self.records.fill(slot.views(words), pieces, bucket, self.layout, self._places())
+
+    def _places(self) -> np.ndarray | None:
+        """Of the rows of an item table in host memory that the device holds at first."""
+        table, count = self.records.item_table, self.model.hot_rows
+        return places_of(np.arange(min(count, len(table))), len(table)) if table is not None and count else None
 
     def batches(self, golden: Golden, bucket: Bucket) -> list[list[int]]:
         """Numbers of the golden requests that fit the bucket, in as few batches as come without searching."""

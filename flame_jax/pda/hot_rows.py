@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from flame_jax.host_table import places_of
+
 log = logging.getLogger(__name__)
 
 SAMPLE = 16
-"""One of so many rows of a batch is counted."""
+"""The rows of one of so many batches are counted."""
 BETTER = 1.01
 """How many times as much use other rows must have had to take the places of those that are held."""
 
@@ -41,7 +44,7 @@ class HotRows:
 
     Attributes:
         held: the choice for batches that are filled from now on.
-        counted: uses of rows that the device held, and of others, since the start; of one in `SAMPLE`.
+        counted: uses of rows that the device held, and of others, in the batches that were counted.
     """
 
     def __init__(self, table: np.ndarray, first: jax.Array) -> None:
@@ -51,17 +54,18 @@ class HotRows:
         self._turn = 0
         self.counted = (0, 0)
         self._chosen = np.arange(self._count)
-        self.held = Held(self._placed(self._chosen), first)
+        self.held = Held(places_of(self._chosen, len(table)), first)
 
-    def seen(self, items: np.ndarray) -> None:
-        """Count some of int32[...] rows of a batch; -1 stands for none."""
+    def seen(self, items: Iterable[np.ndarray]) -> None:
+        """A batch used these rows, int32[n] each; they are looked at if it is its turn to be counted."""
         self._turn = (self._turn + 1) % SAMPLE
-        some = items.reshape(-1)[self._turn :: SAMPLE]
-        some = some[some >= 0]
-        np.add.at(self._uses, some, 1)
+        if self._turn:
+            return
+        every = np.concatenate([*items])
+        np.add.at(self._uses, every, 1)
         held, others = self.counted
-        now = int(np.count_nonzero(self.held.places[some] >= 0))
-        self.counted = held + now, others + len(some) - now
+        now = int(np.count_nonzero(self.held.places[every] >= 0))
+        self.counted = held + now, others + len(every) - now
 
     def renew(self) -> bool:
         """Choose again by what was seen, of late above all; whether other rows are held now. Takes seconds."""
@@ -74,15 +78,10 @@ class HotRows:
         values: Any = np.take(self._table, chosen, axis=0).view(self._dtype)
         rows = jax.device_put(values, self._device)
         rows.block_until_ready()
-        self._chosen, self.held = chosen, Held(self._placed(chosen), rows)
+        self._chosen, self.held = chosen, Held(places_of(chosen, len(self._table)), rows)
         total = max(1, int(uses.sum(dtype=np.int64)))
         log.info("the device holds rows of %.1f %% of uses, before %.1f %%", 100 * after / total, 100 * before / total)
         return True
-
-    def _placed(self, chosen: np.ndarray) -> np.ndarray:
-        places = np.full(len(self._table), -1, np.int32)
-        places[chosen] = np.arange(len(chosen), dtype=np.int32)
-        return places
 
 
 class Renewal:
@@ -90,7 +89,8 @@ class Renewal:
 
     def __init__(self, hot: HotRows, seconds: float) -> None:
         self._hot, self._seconds, self._closed = hot, seconds, threading.Event()
-        threading.Thread(target=self._run, name="flame-hot-rows", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="flame-hot-rows", daemon=True)
+        self._thread.start()
 
     def _run(self) -> None:
         while not self._closed.wait(self._seconds):
@@ -98,7 +98,10 @@ class Renewal:
                 self._hot.renew()
             except jax.errors.JaxRuntimeError as error:  # no room on the device for a second copy, say
                 log.error("other rows can't be held on the device: %s", str(error).split("\n", 1)[0])
+            except Exception:
+                log.exception("other rows can't be held on the device")
 
-    def close(self) -> None:
-        """End the thread, after a renewal that is under way."""
+    def close(self, seconds: float) -> None:
+        """End the thread; a renewal under way is waited for so long."""
         self._closed.set()
+        self._thread.join(seconds)

@@ -164,23 +164,22 @@ def connect(config: StoreConfig) -> Redis:
     seconds = config.timeout_ms / 1e3
     given = options(config.url, max(LATE_SECONDS, seconds))
     from redis.asyncio import BlockingConnectionPool, Redis
-    from redis.asyncio.connection import Connection, parse_url
     from redis.asyncio.retry import Retry
     from redis.backoff import NoBackoff
     from redis.exceptions import ConnectionError as Broken
 
     # Once: a connection of the pool may have died since it was used last.
     retry = Retry(NoBackoff(), 1, supported_errors=(Broken,))
-    kind: Any = parse_url(config.url).get("connection_class", Connection)
     pool = BlockingConnectionPool.from_url(
         config.url,
-        connection_class=_packing(kind),
         max_connections=config.connections,
         timeout=seconds,
         retry=retry,
         **given,
         **PLAIN,
     )
+    kind: Any = pool.connection_class
+    pool.connection_class = _packing(kind)
     return Redis.from_pool(pool)  # and closes it
 
 

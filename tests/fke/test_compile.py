@@ -281,6 +281,7 @@ def test_what_is_compiled_anew_is_not_from_the_cache(request: pytest.FixtureRequ
         jax.jit(lambda x: x @ x.T + 4321.0).lower(np.ones((3, 5), np.float32)).compile()  # in no other test
 
     compiled()
+    hits.clear()
     with compiled_anew():
         compiled()
     assert not hits

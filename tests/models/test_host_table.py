@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from flame_jax.fke.manifest import ITEM_TABLE
 from flame_jax.host_table import host_table
 from flame_jax.models.serving import host_item_table, rank_function, served_slot, served_weights
 from flame_jax.pda.assembler import Assembler
-from flame_jax.pda.hot_rows import HotRows
+from flame_jax.pda.hot_rows import SAMPLE, HotRows
 from flame_jax.pda.page_lock import PageLock
 from flame_jax.record import Piece
 from flame_jax.server.live import LiveModel
@@ -147,56 +148,80 @@ def test_where_the_table_lies_is_chosen_at_export_and_changes_no_score(tmp_path:
         Engine(host, tiny.device())
 
 
-def test_an_executor_scores_the_same_while_other_rows_are_held(tmp_path: Path) -> None:
+def test_an_executor_scores_the_same_while_other_rows_are_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An artifact with hot rows, from export to scores, with a new choice before, between and after its steps."""
     artifact = exported(tiny.trained_run().config, tmp_path, "host", hot_rows=5)
-    engine = Engine(artifact, tiny.device())
-    engine.warm()
-    assert engine.item_table is not None
-    assert engine.hot_rows is not None
-    hot = HotRows(engine.item_table, engine.hot_rows)
-    assembler = Assembler(tiny.SCHEMA, engine.vocabularies, host_table(engine.item_table, threads=2))
-    plain = Executor(engine, tiny.BUCKETS[0], assembler.layout, tiny.LAYOUT, PageLock(engine.device))
-    executor = Executor(engine, tiny.BUCKETS[0], assembler.layout, tiny.LAYOUT, PageLock(engine.device), hot)
-    random, chosen = np.random.default_rng(0), set[bytes]()
+    engines = [Engine(artifact, tiny.device()) for _ in range(4)]
+    engines[0].warm()
+    table = engines[0].item_table
+    assert table is not None
+    assembler = Assembler(tiny.SCHEMA, engines[0].vocabularies, host_table(table, threads=2))
+
+    def executor(engine: Engine, hot: HotRows | None = None) -> Executor:
+        return Executor(engine, tiny.BUCKETS[0], assembler.layout, tiny.LAYOUT, PageLock(engine.device), hot)
+
+    first = engines[1].hand_over_hot_rows()
+    assert first is not None
+    hot, random, chosen = HotRows(table, first), np.random.default_rng(0), set[bytes]()
+    plain, changing = executor(engines[0]), executor(engines[1], hot)
 
     def another() -> None:
         for _ in range(200):
-            hot.seen(random.choice(tiny.ITEMS, 5).astype(np.int32).repeat(40))
+            hot.seen([random.choice(tiny.ITEMS, 5).astype(np.int32).repeat(40)])
         hot.renew()
         chosen.add(hot.held.places.tobytes())
 
     for user in (3, 4, 3, 5):
-        request, fetched = tiny.request_of(user)
-        piece = Piece(assembler.assemble(request, fetched).record, 0, 10)
-        found = []
-        for one, between in ((plain, False), (executor, True)):
-            for step in (partial(one.fill, [piece]), one.launch):
-                if between:
-                    another()
-                step()
-            if between:
-                another()
-            found.append(one.scores()[0])
-        assert found[0].tobytes() == found[1].tobytes()
+        piece = Piece(assembler.assemble(*tiny.request_of(user)).record, 0, 10)
+        right = scored(plain, piece)
+        for step in (partial(changing.fill, [piece]), changing.launch):
+            another()
+            step()
+        another()
+        assert changing.scores()[0].tobytes() == right.tobytes()
     assert len(chosen) > 3
-    asyncio.run(served_while_rows_change(engine, Piece(assembler.assemble(*tiny.request_of(4)).record, 0, 10), plain))
+
+    small, counting = Piece(piece.record, 2, 3), HotRows(table, first)
+    counted = executor(engines[1], counting)
+    for one in [piece] * (SAMPLE - 1) + [small] * (SAMPLE + 1):
+        scored(counted, one)
+    assert sum(counting.counted) == 2 * sum(len(items) for items in assembler.layout.items(small)), "no leftovers"
+
+    asyncio.run(served_while_rows_change(engines[2], piece, right))
+    monkeypatch.setattr("flame_jax.server.live.Executor", lambda *_: 1 / 0)
+    asyncio.run(failing_to_load(engines[3]))
 
 
-async def served_while_rows_change(engine: Engine, piece: Piece, plain: Executor) -> None:
+def scored(executor: Executor, piece: Piece) -> np.ndarray:
+    executor.fill([piece])
+    executor.launch()
+    return executor.scores()[0]
+
+
+async def served_while_rows_change(engine: Engine, piece: Piece, right: np.ndarray) -> None:
     """As the server serves it: a thread of the live version holds what its calls use."""
-    plain.fill([piece])
-    plain.launch()
-    right = plain.scores()[0]
     config = dataclasses.replace(Config(), dispatch=DispatchConfig(hot_rows_seconds=0.01))
     live = LiveModel(engine, "1", config, asyncio.get_running_loop(), lambda _: None)
     assert live.hot is not None
-    first, until = live.hot.held, time.monotonic() + 20
-    while live.hot.held is first or min(live.hot.counted) == 0:
-        assert time.monotonic() < until
-        ticket, future = live.inbox.open()
-        live.dispatcher.submit(ticket, piece.record, time.monotonic_ns() + 10**10)
-        scores = (await future).scores
-        assert scores is not None
-        assert scores.tobytes() == right.tobytes()
-    assert live.stop(5.0)
+    try:
+        first, until = live.hot.held, time.monotonic() + 20
+        while live.hot.held is first or min(live.hot.counted) == 0:
+            assert time.monotonic() < until
+            ticket, future = live.inbox.open()
+            live.dispatcher.submit(ticket, piece.record, time.monotonic_ns() + 10**10)
+            scores = (await future).scores
+            assert scores is not None
+            assert scores.tobytes() == right.tobytes()
+    finally:
+        assert live.stop(5.0)
+    assert not renewing()
+
+
+async def failing_to_load(engine: Engine) -> None:
+    with pytest.raises(ZeroDivisionError):
+        LiveModel(engine, "1", Config(), asyncio.get_running_loop(), lambda _: None)
+    assert not renewing(), "a version that could not be loaded renews nothing"
+
+
+def renewing() -> bool:
+    return "flame-hot-rows" in {thread.name for thread in threading.enumerate()}

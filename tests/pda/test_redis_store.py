@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager, closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,12 +21,13 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from redis.asyncio.connection import AbstractConnection
 
 from bench.pda.servers import Proxy, Server, running
 from flame_jax.feature_config import CacheConfig, StoreConfig
 from flame_jax.pda.query import FeatureQuery
 from flame_jax.pda.records import CorruptRecord
-from flame_jax.pda.redis_store import LONGEST_PAUSE, TRIES, Gate, RedisStore
+from flame_jax.pda.redis_store import LONGEST_PAUSE, TRIES, Gate, RedisStore, connect
 from flame_jax.pda.store import StoreError
 from tests.pda.stored import IDS, YEARS, ids, write_store
 
@@ -270,6 +272,19 @@ def test_a_store_that_is_not_there_or_not_finished_is_one_line(tmp_path: Path) -
             asyncio.run(RedisStore.open(StoreConfig(url=empty)))
     with pytest.raises(StoreError, match="connecting to"):
         asyncio.run(RedisStore.open(StoreConfig(url=empty)))
+
+
+@pytest.mark.parametrize("url", ["redis://localhost:1", "rediss://localhost:1", "unix:///tmp/none"])
+def test_questions_are_packed_by_hiredis_on_every_kind_of_connection(url: str) -> None:
+    connection: Any = connect(StoreConfig(url=url)).connection_pool.make_connection()  # type: ignore[no-untyped-call]
+    names = [b"flame:i:" + bytes([n]) * 8 for n in (10, 13, 32, 0)]
+    expected = b"*5\r\n$4\r\nMGET\r\n" + b"".join(b"$16\r\n%b\r\n" % name for name in names)
+    assert connection.pack_command("MGET", *names) == [expected]
+    assert type(connection).pack_command is not AbstractConnection.pack_command
+    assert (
+        b"".join(connection.pack_command("CLIENT SETNAME", "x"))
+        == b"*3\r\n$6\r\nCLIENT\r\n$7\r\nSETNAME\r\n$1\r\nx\r\n"
+    )
 
 
 def test_a_password_is_sent_and_never_said(tmp_path: Path) -> None:
