@@ -13,7 +13,7 @@ from enum import StrEnum
 import jax
 import numpy as np
 
-from flame_jax.pda.staging import Slot
+from flame_jax.pda.staging import SharedMemory, Slot
 
 log = logging.getLogger(__name__)
 
@@ -38,13 +38,14 @@ class PageLock:
         self.memory = Memory.IN_PLACE if device.platform == "cpu" else self._choose()
 
     def _choose(self) -> Memory:
-        page = np.frombuffer(mmap.mmap(-1, mmap.PAGESIZE), np.int32)
+        page = SharedMemory(mmap.PAGESIZE, "flame-page-lock")
+        address = np.frombuffer(page.memory, np.int8).ctypes.data
         try:
-            self._client.dma_map(page.ctypes.data, page.nbytes)
+            self._client.dma_map(address, mmap.PAGESIZE)
         except jax.errors.JaxRuntimeError as error:
             log.warning("slots are pageable, and are copied twice: %s", str(error).split("\n", 1)[0])
             return Memory.PAGEABLE
-        self._client.dma_unmap(page.ctypes.data)
+        self._client.dma_unmap(address)
         log.info("slots are page-locked")
         return Memory.PAGE_LOCKED
 

@@ -26,6 +26,21 @@ class SlotBusy(RuntimeError):
     """A slot was to be used out of order: rewritten, say, while a device may still read it."""
 
 
+class SharedMemory:
+    """Memory that another process can map.
+
+    Attributes:
+        fd: open for as long as this lives.
+        memory: page aligned; lives for as long as anything refers to it.
+    """
+
+    def __init__(self, size: int, name: str) -> None:
+        self.fd = os.memfd_create(name, os.MFD_CLOEXEC)
+        weakref.finalize(self, os.close, self.fd)
+        os.ftruncate(self.fd, size)
+        self.memory = mmap.mmap(self.fd, size)
+
+
 class Slot:
     """One packed batch in shared memory (memfd), so that another process can fill it.
 
@@ -38,11 +53,9 @@ class Slot:
 
     def __init__(self, layout: SlotLayout) -> None:
         self.layout, self.state = layout, State.FREE
-        self.fd = os.memfd_create(f"flame-slot-{layout.bucket}", os.MFD_CLOEXEC)
-        weakref.finalize(self, os.close, self.fd)
-        os.ftruncate(self.fd, layout.words * 4)
-        self._memory = mmap.mmap(self.fd, layout.words * 4)
-        writable = np.frombuffer(self._memory, np.int32)
+        self._shared = SharedMemory(layout.words * 4, f"flame-slot-{layout.bucket}")
+        self.fd = self._shared.fd
+        writable = np.frombuffer(self._shared.memory, np.int32)
         self._fields = layout.views(writable)
         self.words = writable.view()
         self.words.flags.writeable = False

@@ -33,6 +33,9 @@ class FakeLive(LiveModel):
             model=SimpleNamespace(name="m"), version=version.name, target=target, kernels={}
         )
         self.dispatcher: Any = SimpleNamespace(launched={}, queued=0)
+        self.page_lock: Any = SimpleNamespace(memory="none")
+        self.engine: Any = SimpleNamespace(scores_memory="none")
+        self.hot = None
 
     def stop(self, seconds: float) -> bool:
         self.stops += 1
