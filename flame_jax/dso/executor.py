@@ -44,15 +44,15 @@ class Executor:
         """
         fields = self._slot.fill()
         try:
-            if self._hot is not None:
-                self._held = self._hot.held
-            places = None if self._held is None else self._held.places
+            held = None if self._hot is None else self._hot.held
+            places = None if held is None else held.places
             self._rows = self._records.fill(fields, pieces, self.bucket, self._layout, places)
             if self._hot is not None:
                 self._hot.seen(items for piece in pieces for items in self._records.items(piece))
         except BaseException:
             self._slot.release()
             raise
+        self._held = held
 
     def launch(self) -> None:
         """Start the executable; returns at once."""
