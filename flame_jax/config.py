@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from flame_jax.feature_config import LONGEST_SECONDS, CacheConfig, DataConfig, StoreConfig, at_least
+from flame_jax.feature_config import CacheConfig, DataConfig, StoreConfig, at_least, some_seconds
 from flame_jax.packing import Layout
 from flame_jax.schema import FeatureSchema
 
@@ -252,10 +252,7 @@ class DispatchConfig:
 
     def __post_init__(self) -> None:
         at_least(1, "dispatch", self, "executors", "max_queue", "row_threads")
-        if not 0 < self.hot_rows_seconds <= LONGEST_SECONDS:
-            raise ValueError(
-                f"dispatch.hot_rows_seconds must lie in (0, {LONGEST_SECONDS:g}], not {self.hot_rows_seconds}"
-            )
+        some_seconds("dispatch", self, "hot_rows_seconds")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,17 @@ def at_least(least: int, section: str, config: object, *names: str) -> None:
             raise ValueError(f"{section}.{name} must be at least {least}, not {getattr(config, name)}")
 
 
+LONGEST_SECONDS = 1e9
+"""That something may be kept or wait: some thirty years."""
+
+
+def some_seconds(section: str, config: object, *names: str) -> None:
+    """Raise ValueError unless these fields of a section are a time that can be waited for."""
+    for name in names:
+        if not 0 < getattr(config, name) <= LONGEST_SECONDS:
+            raise ValueError(f"{section}.{name} must lie in (0, {LONGEST_SECONDS:g}], not {getattr(config, name)}")
+
+
 @dataclass(frozen=True)
 class StoreConfig:
     """Where features are read from.
@@ -41,10 +52,6 @@ class StoreConfig:
             raise ValueError(f"store.timeout_ms must be positive, not {self.timeout_ms}")
 
 
-LONGEST_SECONDS = 1e9
-"""That something may be kept: some thirty years."""
-
-
 @dataclass(frozen=True)
 class CacheConfig:
     """Items' features, kept in the server's memory; users' are not, since few come back soon.
@@ -65,9 +72,7 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         at_least(1, "cache", self, "mib")
-        for name in ("ttl_seconds", "absent_ttl_seconds"):
-            if not 0 < getattr(self, name) <= LONGEST_SECONDS:
-                raise ValueError(f"cache.{name} must lie in (0, {LONGEST_SECONDS:g}], not {getattr(self, name)}")
+        some_seconds("cache", self, "ttl_seconds", "absent_ttl_seconds")
 
 
 @dataclass(frozen=True)

@@ -76,13 +76,27 @@ def places_of(chosen: np.ndarray, rows: int) -> np.ndarray:
     return places
 
 
-def find_held(items: np.ndarray, out: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, Copy]:
-    """Where the device holds items' rows, int32[n], -1 where it does not; and what is to be copied to `out`.
+class Found(NamedTuple):
+    """Which of int32[n] items' rows the device holds.
 
-    Where it lacks more than half, all are: in order that is faster than one here and one there.
+    Attributes:
+        places: int32[n], where; -1 for those that it lacks.
+        lacking: int64[m], the numbers of those to be copied; None for all, in order, which is faster than one here and
+            one there where it lacks more than half.
+    """
+
+    places: np.ndarray
+    lacking: np.ndarray | None
+
+    def copy(self, items: np.ndarray, out: np.ndarray) -> Copy:
+        """What is to be copied to int32[n, words], of these items."""
+        return Copy(items, out) if self.lacking is None else Copy(items[self.lacking], out, self.lacking)
+
+
+def find_held(items: np.ndarray, places: np.ndarray) -> Found:
+    """Look int32[n] items' rows up.
 
     Args:
-        items: int32[n] rows of the table.
         places: int32[rows of the table].
 
     Raises:
@@ -91,9 +105,7 @@ def find_held(items: np.ndarray, out: np.ndarray, places: np.ndarray) -> tuple[n
     _check(items, len(places))
     found = np.take(places, items, mode="clip")  # twice as fast as an index, and as "raise"
     lacking = np.flatnonzero(found < 0)
-    if 2 * len(lacking) > len(items):
-        return found, Copy(items, out)
-    return found, Copy(items[lacking], out, lacking)
+    return Found(found, None if 2 * len(lacking) > len(items) else lacking)
 
 
 def _check(rows: np.ndarray, count: int) -> None:

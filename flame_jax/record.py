@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flame_jax.host_table import Copy, HostTable, find_held
+from flame_jax.host_table import Copy, Found, HostTable, find_held
 from flame_jax.packing import Bucket, Extent, Layout, Place, place
 from flame_jax.schema import FeatureSchema, feature_field
 
@@ -187,14 +187,15 @@ class RecordLayout:
                 item[block, rows][::2], action[block, rows][1::2] = items, actions
                 time[block, rows] = np.repeat(times, 2)
             if self.item_table is not None:
-                copies.append(_embed(slot, block, rows, self._stride, items, places))
+                copies.append(_embed(slot, block, rows, self._stride, items, _look_up(items, places)))
         rows = slice(place.candidate_start, place.candidate_start + high - low)
         item[:, rows] = record[at + low : at + high]
         action[:, rows] = self.candidate_action
         time[:, rows] = now
         if self.item_table is not None:
             candidates = record[at + low : at + high]
-            copies += [_embed(slot, block, rows, 1, candidates, places) for block in range(self.blocks)]
+            found = _look_up(candidates, places)
+            copies += [_embed(slot, block, rows, 1, candidates, found) for block in range(self.blocks)]
         for name in self._item_fields:
             at += count
             column = slot[name].view(np.int32)
@@ -203,18 +204,23 @@ class RecordLayout:
         return copies
 
 
+def _look_up(items: np.ndarray, places: np.ndarray | None) -> Found | None:
+    return None if places is None else find_held(items, places)
+
+
 def _embed(
     slot: Mapping[str, np.ndarray],
     block: int,
     rows: slice,
     stride: int,
     items: np.ndarray,
-    places: np.ndarray | None,
+    found: Found | None,
 ) -> Copy:
     """Name the places of items that the device holds; what is left to be copied for these rows of the token axis.
 
     Args:
         stride: 2 where every other row is none of an item, and embeds as zeros.
+        found: of the items; None where the device is to hold none.
     """
     embedding = slot["embedding"][block, rows]
     if stride == 2:
@@ -223,7 +229,7 @@ def _embed(
         return Copy(items, embedding[::stride])
     hot = slot["hot"][block, rows]
     hot[:] = -1
-    if places is None:
+    if found is None:
         return Copy(items, embedding[::stride])
-    hot[::stride], copy = find_held(items, embedding[::stride], places)
-    return copy
+    hot[::stride] = found.places
+    return found.copy(items, embedding[::stride])

@@ -48,7 +48,7 @@ def test_a_row_that_is_not_there_is_an_error(row: int, threads: int, monkeypatch
     with closing(HostTable(TABLE, threads)) as table, pytest.raises(IndexError, match=f"{row}"):
         table.copy([Copy(rows, out)])
     with pytest.raises(IndexError, match=f"{row}"):
-        host_table.find_held(rows, out, np.full(50, -1, np.int32))
+        host_table.find_held(rows, np.full(50, -1, np.int32))
 
 
 @given(st.lists(st.integers(0, 49), max_size=30), st.sets(st.integers(0, 49)))
@@ -56,8 +56,10 @@ def test_what_the_device_lacks_is_copied(items: list[int], held: set[int]) -> No
     places = np.full(50, -1, np.int32)
     places[sorted(held)] = np.arange(len(held))
     out = np.full((len(items), 6), 7, np.int32)
-    found, copy = host_table.find_held(np.array(items, np.int32), out, places)
-    assert found.tolist() == [places[item] for item in items]
+    wanted = np.array(items, np.int32)
+    found = host_table.find_held(wanted, places)
+    copy = found.copy(wanted, out)
+    assert found.places.tolist() == [places[item] for item in items]
     HostTable(TABLE).copy([copy])
     for row, item in zip(out, items, strict=True):
         assert item in held or (row == TABLE[item]).all()

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from flame_jax.host_table import Copy, HostTable, find_held
+from flame_jax.host_table import Copy, HostTable, find_held, places_of
 
 ROWS, WORDS = 20_000_000, 64
 """Of 128 numbers in bfloat16: 5.1 GB."""
@@ -51,9 +51,8 @@ def host_rows(progress: Callable[[str], None], rows: int = ROWS) -> dict[str, An
     with tempfile.TemporaryDirectory() as folder:
         table = write(Path(folder, "table.npy"), rows)
         for (name, draw), share_held, threads in product(draws.items(), HOT_SHARES, THREADS):
-            places = np.full(rows, -1, np.int32)
             held = place[: int(rows * share_held)]
-            places[held] = np.arange(len(held))
+            places = places_of(held, rows)
             batches = [[draw() for _ in range(BLOCKS)] for _ in range(BATCHES)]
             with closing(HostTable(table, threads)) as rows_of:
                 taken = []
@@ -77,10 +76,7 @@ def host_rows(progress: Callable[[str], None], rows: int = ROWS) -> dict[str, An
 
 def _copy(items: np.ndarray, out: np.ndarray, places: np.ndarray | None) -> Copy:
     """What is to be copied, found as `record` finds it."""
-    if places is None:
-        return Copy(items, out)
-    _, copy = find_held(items, out, places)
-    return copy
+    return Copy(items, out) if places is None else find_held(items, places).copy(items, out)
 
 
 def table(result: dict[str, Any]) -> str:

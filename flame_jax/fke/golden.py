@@ -16,7 +16,7 @@ import numpy as np
 from flame_jax.config import ModelConfig
 from flame_jax.fke.buckets import Ladder
 from flame_jax.host_table import places_of
-from flame_jax.models.serving import served_slot
+from flame_jax.models.serving import hot_rows, served_slot
 from flame_jax.packing import Bucket, Extent, Layout, fits
 from flame_jax.record import BlockEvents, Piece, RecordLayout
 from flame_jax.schema import Feature, FeatureSchema, feature_field
@@ -166,8 +166,10 @@ class Packer:
 
     def _places(self) -> np.ndarray | None:
         """Of the rows of an item table in host memory that the device holds at first."""
-        table, count = self.records.item_table, self.model.hot_rows
-        return places_of(np.arange(min(count, len(table))), len(table)) if table is not None and count else None
+        table = self.records.item_table
+        if table is None or not self.model.hot_rows:
+            return None
+        return places_of(np.arange(hot_rows(self.model, len(table))), len(table))
 
     def batches(self, golden: Golden, bucket: Bucket) -> list[list[int]]:
         """Numbers of the golden requests that fit the bucket, in as few batches as come without searching."""

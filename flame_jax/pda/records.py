@@ -177,16 +177,14 @@ class _Columns(NamedTuple):
 @lru_cache(maxsize=64)
 def _columns(features: tuple[Feature, ...], dtype: np.dtype[Any]) -> _Columns:
     assert dtype.fields is not None
-    at = {feature: dtype.fields[feature.name][1] for feature in features}
-    # In words of 4 bytes; a feature elsewhere is looked at by itself.
-    words = {feature: offset // 4 for feature, offset in at.items() if offset % 4 == 0 and dtype.itemsize % 4 == 0}
-    limited = [f for f in words if f.kind in ("categorical", "bits")]
-    numeric = [f for f in words if f.kind == "numeric"]
+    words = {feature: dtype.fields[feature.name][1] // 4 for feature in features}  # all fields are of 4 or 8 bytes
+    limited = [f for f in features if f.kind in ("categorical", "bits")]
+    numeric = [f for f in features if f.kind == "numeric"]
     return _Columns(
         np.array([words[f] for f in limited], np.intp),
         np.array([f.limit for f in limited], np.uint32),
         np.array([words[f] for f in numeric], np.intp),
-        tuple(f for f in features if f not in limited and f not in numeric),
+        tuple(f for f in features if f.kind == "id"),
     )
 
 
