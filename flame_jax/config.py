@@ -307,7 +307,7 @@ class ServerConfig:
     strict_ids: bool = False
     drain_seconds: float = 30.0
     traffic_classes: tuple[str, ...] = ("default", "critical", "batch")
-    cores: str = "auto"
+    cores: str | int = "auto"
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from flame_jax.host_table import Copy, Found, HostTable, find_held
 from flame_jax.packing import Bucket, Extent, Layout, Place, place
 from flame_jax.schema import FeatureSchema, feature_field
+from flame_jax.workspace import BufferPool
 
 NOTHING = -1
 """Item or action row of a history row that has none, where events are interleaved."""
@@ -68,6 +69,7 @@ class RecordLayout:
         blocks: Sequence[BlockEvents],
         candidates: np.ndarray,
         item_columns: Sequence[np.ndarray],
+        pool: BufferPool | None = None,
     ) -> np.ndarray:
         """Build a record.
 
@@ -76,10 +78,12 @@ class RecordLayout:
             blocks: one history per block of the schema.
             candidates: int32[C] item rows.
             item_columns: one int32[C] per item feature that travels, float features as their bits.
+            pool: whose memory it is built in.
         """
         lengths = [len(block.items) for block in blocks]
         count = len(candidates)
-        record = np.empty(self._body + 3 * sum(lengths) + count * (1 + len(item_columns)), np.int32)
+        words = self._body + 3 * sum(lengths) + count * (1 + len(item_columns))
+        record = np.empty(words, np.int32) if pool is None else pool.take(words)
         record[_COUNT], record[_SCENARIO], record[_TIME] = count, scenario, request_time
         record[_LENGTHS : self._head] = lengths
         record[self._head : self._body] = request_words

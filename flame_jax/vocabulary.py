@@ -10,10 +10,13 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from flame_jax.schema import FeatureSchema
+from flame_jax.workspace import Workspace
 
 UNKNOWN_ROW = 0
 SEARCHED = 1 << 16
 """Keys that a search goes through in the processor's caches; for more there is an index."""
+_SEARCHED_AT_ONCE = 512
+"""Ids of one search, whose results NumPy allocates."""
 _ODD = np.uint64(0x9E3779B97F4A7C15)
 """2^64 over the golden ratio: products with it, modulo 2^64, are spread evenly and all differ."""
 
@@ -39,18 +42,25 @@ class _Index:
         self._mixed = np.append(mixed[order], np.iinfo(np.uint64).max)
         self._rows = np.append(order + 1, UNKNOWN_ROW).astype(np.int32)
 
-    def rows(self, ids: np.ndarray) -> np.ndarray:
-        """See `Vocabulary.lookup`."""
-        wanted = ids.astype(np.uint64) * _ODD
-        at = self._begins.take((wanted >> self._shift).view(np.int64))
-        there = self._mixed.take(at)
+    def look_up(self, ids: np.ndarray, rows: np.ndarray, space: Workspace) -> None:
+        """See `Vocabulary.look_up`."""
+        names = ("index wanted", "index there", "index at")
+        wanted, there, places = (space.array(name, len(ids), np.uint64) for name in names)
+        at = places.view(np.int64)
+        np.multiply(ids.view(np.uint64), _ODD, out=wanted)
+        np.right_shift(wanted, self._shift, out=places)
+        # All are in range: with "raise", NumPy would copy what it takes once more.
+        self._begins.take(at, out=rows, mode="clip")
+        at[:] = rows
+        self._mixed.take(at, out=there, mode="clip")
         smaller = np.flatnonzero(there < wanted)
         while smaller.size:
             at[smaller] += 1
             following = self._mixed.take(at[smaller])
             there[smaller] = following
             smaller = smaller[following < wanted[smaller]]
-        return np.where(there == wanted, self._rows.take(at), UNKNOWN_ROW)
+        self._rows.take(at, out=rows, mode="clip")
+        rows[there != wanted] = UNKNOWN_ROW
 
 
 class Vocabulary:
@@ -80,15 +90,32 @@ class Vocabulary:
 
     def lookup(self, ids: np.ndarray) -> np.ndarray:
         """int64[...] ids -> int32[...] rows; compared as 64-bit integers, unknown ids give row 0."""
+        rows = np.empty(np.shape(ids), np.int32)
+        self.look_up(ids.ravel(), rows.ravel(), Workspace())
+        return rows
+
+    def look_up(self, ids: np.ndarray, rows: np.ndarray, space: Workspace) -> None:
+        """The same of int64[n] into int32[n], with memory of `space` for what comes between."""
         if not len(self.keys):
-            return np.zeros(np.shape(ids), np.int32)
-        if self._dense:  # no search
-            known = (ids >= self.keys[0]) & (ids <= self.keys[-1])
-            return np.where(known, ids - (self.keys[0] - 1), UNKNOWN_ROW).astype(np.int32)
-        if self._index is not None:
-            return self._index.rows(ids.ravel()).reshape(ids.shape)
-        at = np.minimum(np.searchsorted(self.keys, ids), len(self.keys) - 1)
-        return np.where(self.keys[at] == ids, at + 1, UNKNOWN_ROW).astype(np.int32)
+            rows.fill(UNKNOWN_ROW)
+        elif self._dense:  # no search
+            at = space.array("dense", len(ids), np.int64)
+            np.subtract(ids, self.keys[0], out=at)
+            unknown = at.view(np.uint64) >= len(self.keys)  # so are those before the first, as unsigned numbers
+            at += 1
+            rows[:] = at
+            rows[unknown] = UNKNOWN_ROW
+        elif self._index is not None:
+            self._index.look_up(ids, rows, space)
+        else:
+            for low in range(0, len(ids), _SEARCHED_AT_ONCE):
+                some, found = ids[low : low + _SEARCHED_AT_ONCE], rows[low : low + _SEARCHED_AT_ONCE]
+                at = np.searchsorted(self.keys, some)
+                np.minimum(at, len(self.keys) - 1, out=at)
+                unknown = self.keys[at] != some
+                at += 1
+                found[:] = at
+                found[unknown] = UNKNOWN_ROW
 
     @classmethod
     def of_most_frequent(cls, keys: np.ndarray, size: int) -> Vocabulary:

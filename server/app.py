@@ -68,7 +68,7 @@ def _bind_cores(settings: ServerConfig) -> None:
     platforms = os.environ.get("JAX_PLATFORMS", "")
     uses_gpu = not platforms or "cuda" in platforms
     try:
-        binding = affinity.choose(settings.cores, affinity.first_gpu() if uses_gpu else None)
+        binding = affinity.choose(str(settings.cores), affinity.first_gpu() if uses_gpu else None)
     except ValueError as error:
         raise StartError(str(error)) from error
     affinity.bind(binding)

@@ -80,6 +80,11 @@ def test_the_file_beats_the_environment(monkeypatch: pytest.MonkeyPatch, file: F
     assert (server.port, server.metrics_port) == (2, 11)
 
 
+@pytest.mark.parametrize("cores", ["0", "0-7,16", "auto"])
+def test_a_lone_core_needs_no_quotes(file: File, cores: str) -> None:
+    assert str(load(["--config", file(f"server:\n  cores: {cores}\n")], prog=PROG).server.cores) == cores
+
+
 def test_flags_beat_the_file(monkeypatch: pytest.MonkeyPatch, file: File) -> None:
     monkeypatch.setenv("FLAME_SERVER__PORT", "1")
     path = file("server: {port: 2, metrics_port: 12}")

@@ -13,6 +13,7 @@ from flame_jax.record import BlockEvents, RecordLayout
 from flame_jax.request import FeatureReport, History, RankRequest
 from flame_jax.schema import Feature, FeatureSchema, default_rows, feature_field, record_dtype
 from flame_jax.vocabulary import Vocabularies, Vocabulary
+from flame_jax.workspace import BufferPool, Workspace
 
 _Events = slice | np.ndarray
 """Numbers of events, rising: of all from one on, or int64[n]."""
@@ -26,14 +27,22 @@ class Assembled(NamedTuple):
 
 
 class Assembler:
-    """Turns requests of one model into records.
+    """Turns requests of one model into records, in one thread.
 
     Args:
         item_table: see `RecordLayout`.
+        pool: whose memory records are made in; who is done with one gives it back.
     """
 
-    def __init__(self, schema: FeatureSchema, vocabularies: Vocabularies, item_table: HostTable | None = None) -> None:
+    def __init__(
+        self,
+        schema: FeatureSchema,
+        vocabularies: Vocabularies,
+        item_table: HostTable | None = None,
+        pool: BufferPool | None = None,
+    ) -> None:
         vocabularies.check(schema)
+        self._pool, self._space = pool, Workspace()
         self._schema, self._vocabularies = schema, vocabularies
         self.layout = RecordLayout(schema, item_table)
         self._cold_user = default_rows(schema.user_features, record_dtype(schema.user_features), ())
@@ -60,9 +69,13 @@ class Assembler:
         chosen, truncated = self._choose(history.actions[:past])
         # Blocks share events: from the first one that any of them reads on, all are looked up at once.
         first = min((_start(events, past) for events in chosen), default=past)
-        rows = self._vocabularies.items.lookup(np.concatenate([history.item_ids[first:past], request.candidates]))
+        wanted = past - first + len(request.candidates)
+        ids, rows = self._space.array("ids", wanted, np.int64), self._space.array("rows", wanted, np.int32)
+        np.concatenate([history.item_ids[first:past], request.candidates], out=ids)
+        self._vocabularies.items.look_up(ids, rows, self._space)
         candidates = rows[past - first :]
-        times = history.timestamps[first:past].astype(np.int32)
+        times = self._space.array("times", past - first, np.int32)
+        times[:] = history.timestamps[first:past]
         record = self.layout.encode(
             scenario=request.scenario,
             request_time=request.request_time,
@@ -73,6 +86,7 @@ class Assembler:
             ],
             candidates=candidates,
             item_columns=[self._column(feature, keys, request, fetched.items) for feature, keys in self._item_features],
+            pool=self._pool,
         )
         report = FeatureReport(
             unknown_user=user is None and request.history is None and not fetched.user_lost,
@@ -92,7 +106,8 @@ class Assembler:
                 chosen.append(slice(max(0, len(actions) - length), len(actions)))
                 truncated |= len(actions) > length
             else:
-                events = np.flatnonzero(select[actions])
+                told = select.take(actions)
+                events = np.flatnonzero(told)
                 chosen.append(events[-length:])
                 truncated |= len(events) > length
         return chosen, truncated
@@ -115,7 +130,11 @@ class Assembler:
         values = stored[feature.name] if feature.source != "request" else request.item_features.get(feature.name)
         if values is None:
             values = np.full(len(request.candidates), feature.default, feature.stored_dtype)
-        return values.view(np.int32) if keys is None else keys.lookup(values)
+        if keys is None:
+            return values.view(np.int32)
+        rows = self._space.array(f"rows of {feature.name}", len(values), np.int32)
+        keys.look_up(values, rows, self._space)
+        return rows
 
 
 def _start(events: _Events, past: int) -> int:

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import sys
 import tracemalloc
 from contextlib import closing
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import numpy as np
+import pytest
 
+import flame_jax
 from flame_jax.feature_config import CacheConfig
 from flame_jax.packing import Bucket, Layout, slot_layout
 from flame_jax.pda.assembler import Assembler
 from flame_jax.pda.lmdb_store import LmdbStore, LmdbWriter
 from flame_jax.pda.query import FeatureQuery
-from flame_jax.pda.records import feature_row, item_dtype
+from flame_jax.pda.records import UserRecord, feature_row, item_dtype, user_dtype
 from flame_jax.pda.staging import Slot
+from flame_jax.pda.store import Fetched
 from flame_jax.record import Piece
 from flame_jax.request import History, RankRequest
 from flame_jax.schema import Block, Feature, FeatureSchema
 from flame_jax.vocabulary import Vocabularies, Vocabulary
+from flame_jax.workspace import BufferPool
 
 EVENTS, CANDIDATES, ITEMS = 128, 64, 500
 SCHEMA = FeatureSchema(
@@ -33,6 +40,9 @@ SCHEMA = FeatureSchema(
 LAYOUT, BUCKET = Layout(align=8, max_requests=1), Bucket(EVENTS + CANDIDATES, CANDIDATES)
 GROWTH = 64 << 10
 """Bytes that 10,000 requests may leave: less than one of their records each, by far."""
+BUFFER = 4096
+OBJECTS = 1024
+"""Bytes of Python objects that a line makes besides."""
 
 
 def write(folder: Path, random: np.random.Generator) -> None:
@@ -76,3 +86,64 @@ def test_ten_thousand_requests_leave_nothing_behind(tmp_path: Path) -> None:
         assert asyncio.run(growth(tmp_path, random)) < GROWTH
     finally:
         tracemalloc.stop()
+
+
+class LineByLine:
+    """Bytes that each line of the engine allocated at one moment, at most."""
+
+    def __init__(self) -> None:
+        self.most: dict[tuple[str, int], int] = {}
+        self._line: tuple[str, int] | None = None
+        self._before = 0
+        self._root = str(Path(flame_jax.__file__).parent)
+
+    def __call__(self, frame: FrameType, event: str, arg: Any) -> Any:
+        if not frame.f_code.co_filename.startswith(self._root):
+            return None
+        if self._line is not None:
+            allocated = tracemalloc.get_traced_memory()[1] - self._before
+            self.most[self._line] = max(allocated, self.most.get(self._line, 0))
+        self._line = Path(frame.f_code.co_filename).name, frame.f_lineno
+        tracemalloc.reset_peak()
+        self._before = tracemalloc.get_traced_memory()[0]
+        return self
+
+
+@pytest.mark.parametrize(
+    "keys", [np.arange(1, 200_001), 7 * np.arange(1, 60_001), 7 * np.arange(1, 200_001)], ids=["row", "search", "index"]
+)
+def test_a_request_of_512_events_and_512_candidates_makes_no_buffer_of_its_own_over_4_kb(keys: np.ndarray) -> None:
+    random, size, pool = np.random.default_rng(0), 512, BufferPool()
+    schema = FeatureSchema(
+        actions=4, blocks=(Block("all"), Block("some", (1, 2))), block_length=size,
+        item_features=(Feature("year", "numeric"),), user_features=(Feature("age", "categorical", 9),),
+    )  # fmt: skip
+    layout, bucket = Layout(align=64, max_requests=1), Bucket(2 * size, size)
+    assembler = Assembler(schema, Vocabularies(Vocabulary(keys), {}), pool=pool)
+    slot = Slot(slot_layout(schema, layout, bucket))
+    actions, times = random.integers(0, 4, size).astype(np.int32), np.sort(random.integers(0, 10**6, size))
+
+    def request() -> tuple[RankRequest, Fetched]:
+        user = UserRecord(History(random.choice(keys, size), actions, times), np.zeros((), user_dtype(schema)))
+        items = np.zeros(size, item_dtype(schema))
+        items["id"] = candidates = random.choice(keys, size)
+        return RankRequest("u", candidates, 0, 10**6), Fetched(user, items, np.ones(size, bool))
+
+    def serve(request: RankRequest, fetched: Fetched) -> None:
+        record = assembler.assemble(request, fetched).record
+        assembler.layout.fill(slot.fill(), [Piece(record, 0, size)], bucket, layout)
+        slot.release()
+        pool.give(record)
+
+    serve(*request())
+    told, asked, lines = sys.gettrace(), [request() for _ in range(5)], LineByLine()
+    tracemalloc.start()
+    sys.settrace(lines)
+    try:
+        for each in asked:
+            serve(*each)
+    finally:
+        sys.settrace(told)
+        tracemalloc.stop()
+    assert any(file == "record.py" for file, _ in lines.most)
+    assert {line: most for line, most in lines.most.items() if most > BUFFER + OBJECTS} == {}
