@@ -12,8 +12,9 @@ from itertools import count
 import jax
 
 from flame_jax.config import Config
-from flame_jax.dso.dispatcher import Dispatcher, Done
+from flame_jax.dso.dispatcher import Dispatcher
 from flame_jax.dso.executor import Executor
+from flame_jax.dso.work import Done
 from flame_jax.fke.artifact import Artifact, ArtifactError
 from flame_jax.fke.engine import Engine
 from flame_jax.fke.repository import Version

@@ -11,7 +11,8 @@ import grpc
 import numpy as np
 
 from flame_jax.config import ServerConfig
-from flame_jax.dso.dispatcher import Done, QueueFull, Status
+from flame_jax.dso.scheduler import Refused
+from flame_jax.dso.work import Done, Status
 from flame_jax.pda.assembler import Assembled
 from flame_jax.pda.query import FeatureQuery
 from flame_jax.pda.records import CorruptRecord
@@ -32,6 +33,12 @@ SERVICE = "flame.v1.RankingService"
 _ERRORS = {Fault.STORE_UNAVAILABLE, Fault.CORRUPT_RECORD, Fault.BAD_SCORES, Fault.INTERNAL}
 # Of these, the ones that speak against the version: it gave no scores, or none that are numbers.
 _OWN_FAULTS = {Fault.BAD_SCORES.name, Fault.INTERNAL.name}
+_FAULTS = {
+    Status.EXPIRED: Fault.DEADLINE_EXCEEDED,
+    Status.REFUSED: Fault.OVERLOADED,
+    Status.NOT_FINITE: Fault.BAD_SCORES,
+    Status.FAILED: Fault.INTERNAL,
+}
 _YEAR_SECONDS = 365 * 86400.0
 
 
@@ -181,17 +188,15 @@ class RankingService:
         try:
             live.dispatcher.submit(ticket, record, deadline)
             done = await future
-        except QueueFull:
+        except Refused:
             raise RankError(Fault.OVERLOADED) from None
         except asyncio.CancelledError:
             live.dispatcher.cancel(ticket)
             raise
         finally:
             live.inbox.close(ticket)
-        if done.status is Status.EXPIRED:
-            raise RankError(Fault.DEADLINE_EXCEEDED)
-        if done.status is Status.FAILED:
-            raise RankError(Fault.INTERNAL)
+        if done.status is not Status.OK:
+            raise RankError(_FAULTS[done.status])
         return done
 
     def _respond(
@@ -199,8 +204,6 @@ class RankingService:
     ) -> ranking_pb2.RankResponse:
         scores, report = done.scores, assembled.report
         assert scores is not None, "an OK result has scores"
-        if not np.isfinite(scores).all():
-            raise RankError(Fault.BAD_SCORES)
         answer = ranking_pb2.RankResponse(model=self._model, version=live.version, request_id=request_id)
         columns = np.ascontiguousarray(scores.T, "<f4")
         for task in request.tasks:

@@ -1,6 +1,6 @@
-"""The dispatcher: one thread owns the queue, another completes what was launched.
+"""The dispatcher's threads: one fills and launches batches, one per lane completes them, one looks out for a hang.
 
-    submit -> queue (deadline order) -> next_batch -> fill a slot -> launch -> wait -> scatter scores -> on_done
+    submit -> Scheduler (queue, policy) -> fill a slot -> launch -> wait -> scatter scores -> on_done
 
 Requests enter as plain memory (a record) with an integer ticket and leave as a `Done`; nothing here knows of
 gRPC or of an event loop.
@@ -9,90 +9,31 @@ gRPC or of an event loop.
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
 import time
-from bisect import insort
 from collections.abc import Callable, Sequence
-from enum import Enum
 from typing import NamedTuple
 
 import numpy as np
 
-from flame_jax.dso.batching import SCAN, Batch, next_batch
 from flame_jax.dso.executor import Executor
-from flame_jax.fke.buckets import Ladder, capacity
-from flame_jax.packing import Extent, Layout
+from flame_jax.dso.policy import Wait
+from flame_jax.dso.scheduler import Flight, Refused, Scheduler
+from flame_jax.dso.work import Done
+from flame_jax.packing import Bucket
 from flame_jax.record import Piece, RecordLayout
 
 log = logging.getLogger(__name__)
 
-
-class QueueFull(Exception):
-    """The dispatcher already holds as many requests as it may."""
-
-
-class Status(Enum):
-    """How a request left the dispatcher."""
-
-    OK = "ok"
-    EXPIRED = "expired"
-    FAILED = "failed"
+Rebuild = Callable[[int], Sequence[Executor]]
+"""Makes the executors of a lane, by its number, anew."""
 
 
-class Done(NamedTuple):
-    """One finished request.
-
-    Attributes:
-        scores: float32[C, tasks] in the request's candidate order; None unless OK.
-        queue_ns: from submission to the first launch.
-        assemble_ns: copying into slots, summed over its pieces.
-        compute_ns: from the first launch to the last result; pieces overlap.
-        batches: pieces it was scored in.
-    """
-
-    ticket: int
-    status: Status
-    scores: np.ndarray | None
-    queue_ns: int
-    assemble_ns: int
-    compute_ns: int
-    batches: int
-
-
-class _Work:
-    """A request inside the dispatcher."""
-
-    __slots__ = (
-        "assemble_ns", "batches", "cancelled", "compute_ns", "deadline_ns", "extent", "failed", "launched_ns",
-        "outstanding", "queue_ns", "record", "scores", "served", "submitted_ns", "ticket",
-    )  # fmt: skip
-
-    def __init__(self, ticket: int, record: np.ndarray, extent: Extent, deadline_ns: int, tasks: int) -> None:
-        self.ticket, self.record, self.extent, self.deadline_ns = ticket, record, extent, deadline_ns
-        self.scores = np.empty((extent.candidates, tasks), np.float32)
-        self.submitted_ns = time.monotonic_ns()
-        self.served = self.outstanding = self.batches = 0
-        self.queue_ns = self.assemble_ns = self.compute_ns = self.launched_ns = 0
-        self.cancelled = self.failed = False
-
-    def __lt__(self, other: _Work) -> bool:
-        return (self.deadline_ns, self.ticket) < (other.deadline_ns, other.ticket)
-
-    @property
-    def remaining(self) -> Extent:
-        return Extent(self.extent.history, self.extent.candidates - self.served)
-
-    def done(self, status: Status) -> Done:
-        scores = self.scores if status is Status.OK else None
-        return Done(self.ticket, status, scores, self.queue_ns, self.assemble_ns, self.compute_ns, self.batches)
-
-
-class _Flight(NamedTuple):
-    """A launched batch."""
-
+class _Launched(NamedTuple):
+    flight: Flight
     executor: Executor
-    parts: list[tuple[_Work, int, int]]
     launched_ns: int
 
 
@@ -100,89 +41,113 @@ class Dispatcher:
     """Batches, splits and runs requests.
 
     Args:
-        executors: every executor, ready; their buckets must be the ladder's.
-        on_done: called from the completion thread with all requests a batch finished; must not block.
-        on_fatal: called once when a thread of the dispatcher dies; the process should end.
+        lanes: per lane its executors, ready: `scheduler.depth` for each bucket.
+        on_done: called from the dispatcher's threads with all requests that left at once; must not block.
+        on_fatal: called once when a thread of the dispatcher dies, the device hangs, or no lane is left; the process
+            should end.
+        rebuild: makes a lane that broke anew; without it the others go on alone.
+        hang_seconds: a batch that takes longer means that the device hangs.
     """
 
     def __init__(
         self,
-        executors: Sequence[Executor],
-        ladder: Ladder,
-        layout: Layout,
+        lanes: Sequence[Sequence[Executor]],
+        scheduler: Scheduler,
         records: RecordLayout,
         *,
-        tasks: int,
-        max_queue: int,
         on_done: Callable[[list[Done]], None],
         on_fatal: Callable[[], None],
+        rebuild: Rebuild | None = None,
+        hang_seconds: float = math.inf,
     ) -> None:
-        self._ladder, self._layout, self._records, self._tasks = ladder, layout, records, tasks
-        self._free = {bucket: [e for e in executors if e.bucket == bucket] for bucket in ladder}
-        self._max_flights = min(len(free) for free in self._free.values())
-        if not self._max_flights:
-            raise ValueError("every bucket needs an executor")
-        self._max_queue, self._on_done, self._on_fatal = max_queue, on_done, on_fatal
-        self._waiting: list[_Work] = []
-        self._works: dict[int, _Work] = {}
-        self._in_flight = 0
+        self._scheduler, self._records = scheduler, records
+        self._free = [self._by_bucket(executors) for executors in lanes]
+        if len(lanes) != len(scheduler.lanes):
+            raise ValueError(f"{len(lanes)} lanes, not {len(scheduler.lanes)}")
+        self._on_done, self._on_fatal, self._rebuild, self._hang = on_done, on_fatal, rebuild, hang_seconds
+        self._changes = 0
+        self._wants_requests = True
         self._stopping = self._dead = False
         self._changed = threading.Condition()
-        self._flights: queue.SimpleQueue[_Flight | None] = queue.SimpleQueue()
-        self.launched: dict[str, int] = {str(bucket): 0 for bucket in ladder}
+        self._ended = threading.Event()
+        self._launched: list[queue.SimpleQueue[_Launched | None]] = [queue.SimpleQueue() for _ in lanes]
+        loops: list[tuple[str, Callable[[], None]]] = [("dispatch", self._dispatch_loop), ("watch", self._watch_loop)]
+        loops += [(f"complete-{number}", self._completion(number)) for number in range(len(lanes))]
         self._threads = [
             threading.Thread(target=self._guard, args=(loop,), name=f"flame-{name}", daemon=True)
-            for name, loop in (("dispatch", self._dispatch_loop), ("complete", self._complete_loop))
+            for name, loop in loops
         ]
         for thread in self._threads:
             thread.start()
 
+    def _by_bucket(self, executors: Sequence[Executor]) -> dict[Bucket, list[Executor]]:
+        free: dict[Bucket, list[Executor]] = {bucket: [] for bucket in self._scheduler.launched}
+        for executor in executors:
+            free[executor.bucket].append(executor)
+        if any(len(of_bucket) != self._scheduler.depth for of_bucket in free.values()):
+            raise ValueError(f"every bucket needs {self._scheduler.depth} executors on each lane")
+        return free
+
     @property
     def queued(self) -> int:
         """Requests waiting, in whole or in part."""
-        return len(self._waiting)
+        return len(self._scheduler.queue)
 
-    def submit(self, ticket: int, record: np.ndarray, deadline_ns: int) -> None:
+    @property
+    def lanes_alive(self) -> int:
+        """Lanes in use."""
+        return sum(lane.alive for lane in self._scheduler.lanes)
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """Its books, for reading."""
+        return self._scheduler
+
+    def submit(self, ticket: int, record: np.ndarray, deadline_ns: int, traffic_class: int = 0) -> None:
         """Queue one request; `on_done` answers it unless it is cancelled first.
 
         Args:
             ticket: distinct among the requests inside; earlier ones go first among equal deadlines.
             record: see `flame_jax.record`; must not change until it is done.
             deadline_ns: on the clock of time.monotonic_ns().
+            traffic_class: index into the shares of the scheduler's limits.
 
         Raises:
-            QueueFull: the queue is at its bound, or the dispatcher is stopping.
+            Refused: there is no room, or no time, for it, or the dispatcher is stopping.
             ValueError: the record has no candidates, or too long a history for any bucket.
         """
-        extent = self._records.extent(record)
-        if min(extent.candidates, capacity(self._ladder[-1], extent.history, self._layout)) < 1:
-            raise ValueError(f"no bucket holds a request of {extent}")
-        work = _Work(ticket, record, extent, deadline_ns, self._tasks)
+        now = time.monotonic()
+        work = self._scheduler.new(
+            ticket, record, self._records.extent(record), now=now, due=deadline_ns / 1e9, traffic_class=traffic_class
+        )
         with self._changed:
-            if self._stopping or len(self._waiting) >= self._max_queue:
-                raise QueueFull
-            insort(self._waiting, work)
-            self._works[ticket] = work
-            self._changed.notify_all()
+            if self._stopping:
+                raise Refused
+            evicted = self._scheduler.submit(work, now)
+            if self._wants_requests:
+                self._notify()
+        if evicted:
+            self._on_done(evicted)
 
     def cancel(self, ticket: int) -> None:
         """Forget a request: what no batch has taken yet never runs, and `on_done` is not called for it."""
         with self._changed:
-            work = self._works.pop(ticket, None)
-            if work is not None:
-                work.cancelled = True
-                if work in self._waiting:
-                    self._waiting.remove(work)
+            if self._scheduler.cancel(ticket) is not None:
+                self._notify()
 
     def stop(self, seconds: float | None = None) -> bool:
-        """Finish everything queued, then end both threads; False when they still run after `seconds`."""
+        """Finish everything queued, then end the threads; False when one still runs after `seconds`."""
         until = None if seconds is None else time.monotonic() + seconds
         with self._changed:
             self._stopping = True
-            self._changed.notify_all()
+            self._notify()
         for thread in self._threads:
             thread.join(None if until is None else max(0.0, until - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
+
+    def _notify(self) -> None:
+        self._changes += 1
+        self._changed.notify_all()
 
     def _guard(self, loop: Callable[[], None]) -> None:
         try:
@@ -192,135 +157,159 @@ class Dispatcher:
             self._die()
 
     def _die(self) -> None:
-        """Take the other thread down and answer everybody who waits."""
+        """Take the other threads down and answer everybody who waits."""
         with self._changed:
             first, self._dead, self._stopping = not self._dead, True, True
-            left = list(self._works.values())
-            for work in left:
-                work.cancelled = True
-            self._works.clear()
-            self._waiting.clear()
-            self._changed.notify_all()
-        self._flights.put(None)
+            left = self._scheduler.abandon()
+            self._notify()
+        self._end()
         try:
             # First, so that whoever is answered finds another dispatcher in this one's place.
             if first:
                 self._on_fatal()
         finally:
             if left:
-                self._on_done([work.done(Status.FAILED) for work in left])
+                self._on_done(left)
+
+    def _end(self) -> None:
+        self._ended.set()
+        for launched in self._launched:
+            launched.put(None)
 
     def _dispatch_loop(self) -> None:
-        while (flight := self._next_flight()) is not None:
-            executor, parts = flight
-            begun = time.monotonic_ns()
-            try:
-                executor.fill([Piece(work.record, low, high) for work, low, high in parts])
-                launched = time.monotonic_ns()
-                executor.launch()
-            except Exception:
-                log.exception("batch of bucket %s could not be launched", executor.bucket)
-                self._release(executor, self._fail(parts))
-                continue
-            for work, _, _ in parts:
-                work.assemble_ns += launched - begun
-                if not work.launched_ns:
-                    work.queue_ns, work.launched_ns = begun - work.submitted_ns, launched
-            self.launched[str(executor.bucket)] += 1
-            self._flights.put(_Flight(executor, parts, launched))
-        self._flights.put(None)
+        while (batches := self._next_batches()) is not None:
+            for flight, executor in batches:
+                self._launch(flight, executor)
+        self._end()
 
-    def _next_flight(self) -> tuple[Executor, list[tuple[_Work, int, int]]] | None:
-        """Wait for work and a free executor; None once stopped and empty."""
+    def _next_batches(self) -> list[tuple[Flight, Executor]] | None:
+        """Wait until something is to be launched; None once stopped and empty, or dead."""
         while True:
             with self._changed:
-                self._changed.wait_for(
-                    lambda: (
-                        (self._waiting and self._in_flight < self._max_flights)
-                        or self._dead
-                        or (self._stopping and not self._waiting and not self._in_flight)
-                    )
-                )
-                if not self._waiting or self._dead:
+                seen, now = self._changes, time.monotonic()
+                dropped = self._scheduler.drop(now)
+                view = self._scheduler.view(now)
+                nothing = self._stopping and not self.queued and not self._scheduler.in_flight
+                if self._dead or (nothing and not dropped):
                     return None
-                expired = self._drop_expired()
-                if self._waiting:
-                    batch = next_batch([work.remaining for work in self._waiting[:SCAN]], self._ladder, self._layout)
-                    self._in_flight += 1
-                    flight = self._free[batch.bucket].pop(), self._take(batch)
-                else:
-                    flight = None
-            if expired:
-                self._on_done(expired)
-            if flight is not None:
-                return flight
-
-    def _drop_expired(self) -> list[Done]:
-        """Take requests whose deadline has passed off the queue; what runs of them is not waited for."""
-        now = time.monotonic_ns()
-        count = 0
-        while count < len(self._waiting) and self._waiting[count].deadline_ns <= now:
-            count += 1
-        dropped, self._waiting = self._waiting[:count], self._waiting[count:]
-        for work in dropped:
-            self._works.pop(work.ticket, None)
-            work.cancelled = True
-        return [work.done(Status.EXPIRED) for work in dropped]
-
-    def _take(self, batch: Batch) -> list[tuple[_Work, int, int]]:
-        parts = []
-        for position, count in batch.shares:
-            work = self._waiting[position]
-            parts.append((work, work.served, work.served + count))
-            work.served += count
-            work.outstanding += 1
-            work.batches += 1
-        self._waiting = [work for work in self._waiting if work.served < work.extent.candidates]
-        return parts
-
-    def _complete_loop(self) -> None:
-        while (flight := self._flights.get()) is not None:
-            executor, parts, launched = flight
-            try:
-                pieces = executor.scores()
-                finished = time.monotonic_ns()
-                for (work, low, high), scores in zip(parts, pieces, strict=True):
-                    work.scores[low:high] = scores
-                    work.compute_ns = max(work.compute_ns, finished - (work.launched_ns or launched))
-            except Exception:
-                log.exception("batch of bucket %s failed", executor.bucket)
-                self._release(executor, self._fail(parts))
+                if view is None and not dropped:
+                    self._wait(seen, math.inf, not self.queued)
+            if dropped:
+                self._on_done(dropped)
+            if view is None:
                 continue
-            self._release(executor, self._finish(parts))
+            # The policy takes longer than anybody who submits should wait.
+            decision = self._scheduler.decide(view)
+            with self._changed:
+                if isinstance(decision, Wait):
+                    # While no lane is idle, what comes can't be run sooner.
+                    self._wait(seen, decision.until, view.state.idle > 0)
+                    continue
+                flights = [self._scheduler.take(batch, view.works, now) for batch in decision.batches]
+                return [(flight, self._free[flight.lane][flight.bucket].pop()) for flight in flights if flight]
 
-    def _release(self, executor: Executor, done: list[Done]) -> None:
+    def _wait(self, seen: int, until: float, wants_requests: bool) -> None:
+        """Until something changes after `seen`, or so long."""
+        self._wants_requests = wants_requests
+        timeout = None if until == math.inf else max(0.0, until - time.monotonic())
+        self._changed.wait_for(lambda: self._changes != seen, timeout)
+        self._wants_requests = True
+
+    def _launch(self, flight: Flight, executor: Executor) -> None:
+        begun = time.monotonic_ns()
+        try:
+            executor.fill([Piece(work.record, low, high) for work, low, high in flight.parts])
+        except Exception:
+            log.exception("batch of bucket %s could not be filled", flight.bucket)
+            self._failed(flight, executor, by_lane=False)
+            return
+        launched = time.monotonic_ns()
+        try:
+            executor.launch()
+        except Exception:
+            log.exception("batch of bucket %s could not be launched", flight.bucket)
+            self._failed(flight, executor, by_lane=True)
+            return
+        for work, _, _ in flight.parts:
+            work.assemble_ns += launched - begun
+            if not work.launched_ns:
+                work.queue_ns, work.launched_ns = begun - int(work.since * 1e9), launched
+        self._launched[flight.lane].put(_Launched(flight, executor, launched))
+
+    def _completion(self, number: int) -> Callable[[], None]:
+        def loop() -> None:
+            while (launched := self._launched[number].get()) is not None:
+                self._complete(*launched)
+
+        return loop
+
+    def _complete(self, flight: Flight, executor: Executor, launched_ns: int) -> None:
+        try:
+            scores = executor.scores()
+            for (work, low, high), values in zip(flight.parts, scores, strict=True):
+                work.scores[low:high] = values
+        except Exception:
+            log.exception("batch of bucket %s failed", flight.bucket)
+            self._failed(flight, executor, by_lane=True)
+            return
+        finite = [bool(np.isfinite(work.scores[low:high]).all()) for work, low, high in flight.parts]
         with self._changed:
-            self._free[executor.bucket].append(executor)
-            self._in_flight -= 1
-            self._changed.notify_all()
+            finished_ns = time.monotonic_ns()
+            for (work, _, _), numbers in zip(flight.parts, finite, strict=True):
+                work.finite &= numbers
+                work.compute_ns = max(work.compute_ns, finished_ns - (work.launched_ns or launched_ns))
+            self._free[flight.lane][flight.bucket].append(executor)
+            done = self._scheduler.finished(flight, finished_ns / 1e9)
+            self._notify()
         if done:
             self._on_done(done)
 
-    def _finish(self, parts: list[tuple[_Work, int, int]]) -> list[Done]:
-        finished = []
+    def _failed(self, flight: Flight, executor: Executor, *, by_lane: bool) -> None:
         with self._changed:
-            for work, _, _ in parts:
-                work.outstanding -= 1
-                complete = not work.outstanding and work.served == work.extent.candidates
-                if complete and not work.cancelled and not work.failed:
-                    self._works.pop(work.ticket, None)
-                    finished.append(work.done(Status.OK))
-        return finished
+            self._free[flight.lane][flight.bucket].append(executor)
+            done = self._scheduler.failed(flight, time.monotonic(), by_lane=by_lane)
+            lane = self._scheduler.lanes[flight.lane]
+            broken = not lane.alive and not lane.flights
+            self._notify()
+        if done:
+            self._on_done(done)
+        if broken:
+            self._replace(flight.lane)
 
-    def _fail(self, parts: list[tuple[_Work, int, int]]) -> list[Done]:
-        """Every request of a failed batch fails once, its unserved candidates with it."""
-        failed = []
+    def _replace(self, number: int) -> None:
+        """A lane is broken and has run empty."""
+        if self._rebuild is None:
+            log.error("lane %d is broken; %d are left", number, self.lanes_alive)
+            if not self.lanes_alive:
+                self._die()
+            return
+        log.error("lane %d is broken and is made anew", number)
+        threading.Thread(
+            target=self._guard, args=(lambda: self._revive(number),), name="flame-rebuild", daemon=True
+        ).start()
+
+    def _revive(self, number: int) -> None:
+        assert self._rebuild is not None
+        try:
+            free = self._by_bucket(self._rebuild(number))
+        except Exception:
+            log.exception("lane %d can't be made anew", number)
+            if not self.lanes_alive:
+                self._die()
+            return
         with self._changed:
-            for work, _, _ in parts:
-                work.outstanding -= 1
-                if not work.failed and not work.cancelled:
-                    work.failed = True
-                    self._works.pop(work.ticket, None)
-                    failed.append(work.done(Status.FAILED))
-            self._waiting = [work for work in self._waiting if not work.failed]
-        return failed
+            self._free[number] = free
+            self._scheduler.revive(number)
+            self._notify()
+        log.warning("lane %d is back", number)
+
+    def _watch_loop(self) -> None:
+        if self._hang == math.inf:
+            return
+        while not self._ended.wait(min(1.0, self._hang / 4)):
+            with self._changed:
+                since = self._scheduler.running_since()
+            if since is not None and time.monotonic() - since > self._hang:
+                log.critical("a batch has run for %.1f s: the device hangs", time.monotonic() - since)
+                self._die()
+                return

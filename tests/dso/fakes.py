@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from flame_jax.dso.dispatcher import Dispatcher, Done, Status
+from flame_jax.dso.batching import next_batch
+from flame_jax.dso.costs import CostModel
+from flame_jax.dso.dispatcher import Dispatcher
 from flame_jax.dso.executor import Executor
+from flame_jax.dso.policy import Launch, State
+from flame_jax.dso.scheduler import Limits, Scheduler
+from flame_jax.dso.work import Done, Status
 from flame_jax.packing import Bucket, Extent, Layout, place, slot_layout
 from flame_jax.record import BlockEvents, Piece, RecordLayout
 from flame_jax.schema import Block, Feature, FeatureSchema
@@ -60,6 +66,8 @@ class Lab:
         failing: errors to raise, by stage (`fill`, `launch`, `scores`) and by a ticket in the batch, each once.
         batches: (ticket, low, high) of every piece of every batch filled, in order.
         buckets: their buckets.
+        lanes: their lanes.
+        broken_lanes: launches on these lanes raise.
         broken: rules of the interface that were broken.
         jitter: seconds a launched batch takes at most.
     """
@@ -69,6 +77,8 @@ class Lab:
     failing: dict[tuple[str, int], list[BaseException]] = field(default_factory=dict)
     batches: list[list[tuple[int, int, int]]] = field(default_factory=list)
     buckets: list[Bucket] = field(default_factory=list)
+    lanes: list[int] = field(default_factory=list)
+    broken_lanes: set[int] = field(default_factory=set)
     broken: list[str] = field(default_factory=list)
     jitter: float = 0.0
     changed: threading.Condition = field(default_factory=threading.Condition)
@@ -114,8 +124,8 @@ class Lab:
 class FakeExecutor(Executor):
     """Same interface, no engine."""
 
-    def __init__(self, bucket: Bucket, lab: Lab) -> None:
-        self.bucket = bucket
+    def __init__(self, bucket: Bucket, lab: Lab, lane: int = 0) -> None:
+        self.bucket, self.lane = bucket, lane
         self._lab = lab
         self._slot_layout = slot_layout(SCHEMA, LAYOUT, bucket)
         self._state = "free"
@@ -136,6 +146,7 @@ class FakeExecutor(Executor):
                 RECORDS.write(fields, row, where, *piece)
             with self._lab.changed:
                 self._lab.buckets.append(self.bucket)
+                self._lab.lanes.append(self.lane)
                 self._lab.batches.append([(t, p.low, p.high) for t, p in zip(self._tickets, pieces, strict=True)])
                 self._lab.changed.notify_all()
 
@@ -144,6 +155,8 @@ class FakeExecutor(Executor):
             if self._state != "filled":
                 self._lab.broken.append(f"launched while {self._state}")
             self._lab.fail("launch", self._tickets)
+            if self.lane in self._lab.broken_lanes:
+                raise RuntimeError("the lane is broken")
             self._state = "launched"
 
     def scores(self) -> list[np.ndarray]:
@@ -177,28 +190,71 @@ class FakeExecutor(Executor):
             self._owner.release()
 
 
+def fake_lane(lab: Lab, executors: int = 1, number: int = 0) -> list[Executor]:
+    """The executors of one lane."""
+    return [FakeExecutor(bucket, lab, number) for bucket in LADDER for _ in range(executors)]
+
+
+class Greedy:
+    """A policy that launches what it can as soon as it can, the most urgent first."""
+
+    def decide(self, state: State) -> Launch:
+        first, *others = state.waiting
+        together = [] if first.alone else [(n, w.extent) for n, w in enumerate(others, start=1) if not w.alone]
+        numbers = [0, *(n for n, _ in together)]
+        batch = next_batch([first.extent, *(extent for _, extent in together)], LADDER, LAYOUT)
+        shares = tuple(share._replace(position=numbers[share.position]) for share in batch.shares)
+        return Launch((batch._replace(shares=shares),))
+
+
+def scheduler(
+    *,
+    lanes: int = 1,
+    depth: int = 1,
+    limits: Limits | None = None,
+    costs: CostModel | None = None,
+    on_left: Callable[[np.ndarray], None] = lambda record: None,
+) -> Scheduler:
+    """The books of a dispatcher over fake executors; batches are expected to take no time to speak of."""
+    costs = costs or CostModel({bucket: [1e-6] for bucket in LADDER})
+    limits = limits or Limits(max_queue=1000, target_wait=60.0)
+    return Scheduler(LADDER, LAYOUT, costs, Greedy(), limits, lanes=lanes, depth=depth, tasks=2, on_left=on_left)
+
+
 class Desk:
     """A dispatcher over fake executors, and everything it answered.
 
     Attributes:
         fatal: how often the dispatcher said that a thread died.
+        given: records that it gave back, of which each is given once.
     """
 
-    def __init__(self, *, executors: int = 1, max_queue: int = 1000, open: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        executors: int = 1,
+        lanes: int = 1,
+        max_queue: int = 1000,
+        open: bool = True,
+        limits: Limits | None = None,
+        rebuild: Callable[[int], Sequence[Executor]] | None = None,
+        hang_seconds: float = math.inf,
+    ) -> None:
         self.lab = Lab(open)
         self.done: list[Done] = []
         self.fatal = 0
         self.on_done_error: BaseException | None = None
         self._changed = threading.Condition()
+        self.given: list[int] = []
+        limits = limits or Limits(max_queue=max_queue, target_wait=60.0)
         self.dispatcher = Dispatcher(
-            [FakeExecutor(bucket, self.lab) for bucket in LADDER for _ in range(executors)],
-            LADDER,
-            LAYOUT,
+            [fake_lane(self.lab, executors, lane) for lane in range(lanes)],
+            scheduler(lanes=lanes, depth=executors, limits=limits, on_left=lambda r: self.given.append(int(r[2]))),
             RECORDS,
-            tasks=2,
-            max_queue=max_queue,
             on_done=self._on_done,
             on_fatal=self._on_fatal,
+            rebuild=rebuild,
+            hang_seconds=hang_seconds,
         )
 
     def _on_done(self, done: list[Done]) -> None:
@@ -258,6 +314,8 @@ class Desk:
         self.stop()
         assert self.lab.broken == []
         assert self.fatal == 0
+        assert len(set(self.given)) == len(self.given), "a record was given back twice"
+        assert set(self.given) >= set(self.answers())
         return self.answers()
 
 

@@ -1,0 +1,362 @@
+"""What is inside the dispatcher, without its threads: who waits, what runs where, and what is expected of both.
+
+It has no clock and starts nothing: the dispatcher and the simulator tell it the time and do what it says.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from flame_jax.dso.batching import SCAN, Batch
+from flame_jax.dso.costs import CostModel
+from flame_jax.dso.policy import Launch, Policy, State, Wait, Waiting
+from flame_jax.dso.waiting import Queue, QueueLimit
+from flame_jax.dso.work import Done, Part, Status, Work
+from flame_jax.fke.buckets import Ladder, capacity
+from flame_jax.packing import Bucket, Extent, Layout
+
+ARRIVALS = 0.1
+"""Seconds over which arrivals are averaged, about."""
+RATE_WEIGHT = 0.05
+"""Of one batch in the estimate of how fast the devices are."""
+BROKEN = 3
+"""A lane on which so many batches of other requests failed in a row is not used any more."""
+
+
+class Refused(Exception):
+    """A request is not taken on: it could not be answered in time, or there is no room for it."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What may wait, and for how long.
+
+    Attributes:
+        max_queue: requests that may wait at most.
+        target_wait: seconds of work in the queue beyond which it is cut down to what is done in that time.
+        shares: of the devices, per traffic class, when there is not enough for all.
+    """
+
+    max_queue: int = 1024
+    target_wait: float = 0.02
+    shares: tuple[float, ...] = (1.0,)
+
+
+@dataclass(eq=False)
+class Flight:
+    """A batch on its way.
+
+    Attributes:
+        lane: number of the lane it runs on.
+        busy: lanes that ran something when it was launched, its own among them.
+        queued: requests still waited when it was launched.
+        launched: seconds.
+    """
+
+    lane: int
+    bucket: Bucket
+    parts: list[Part]
+    busy: int
+    queued: bool
+    launched: float
+    rows: int
+
+
+@dataclass(eq=False)
+class LaneState:
+    """What one lane does.
+
+    Attributes:
+        flights: launched on it and not finished, in order.
+        free_at: when the last of them is expected to end.
+        finished: when the last batch ended.
+        failures: batches that failed in a row, of other requests each.
+        blamed: requests that were in them.
+    """
+
+    flights: deque[Flight] = field(default_factory=deque)
+    free_at: float = 0.0
+    finished: float = 0.0
+    failures: int = 0
+    blamed: set[int] = field(default_factory=set)
+    alive: bool = True
+
+
+class View(NamedTuple):
+    """What a policy is shown, and the requests behind it, in the same order."""
+
+    state: State
+    works: list[Work]
+
+
+class Scheduler:
+    """Keeps the books of one dispatcher. One thread at a time.
+
+    Args:
+        lanes: how many there are.
+        depth: batches that may be on a lane at the same time: one that runs, others that wait on the device.
+        tasks: scores per candidate.
+        on_left: told the record of a request that has left and that no batch reads any more; not of a refused one.
+
+    Attributes:
+        depth: the same.
+        works: requests inside, by ticket.
+        expired, refused, retried: requests that left, or ran once more, for that reason.
+    """
+
+    def __init__(
+        self,
+        ladder: Ladder,
+        layout: Layout,
+        costs: CostModel,
+        policy: Policy,
+        limits: Limits,
+        *,
+        lanes: int,
+        depth: int,
+        tasks: int,
+        on_left: Callable[[np.ndarray], None] = lambda record: None,
+    ) -> None:
+        self._ladder, self._layout, self._costs, self._policy = ladder, layout, costs, policy
+        self.depth, self._tasks, self._on_left = depth, tasks, on_left
+        self.lanes = [LaneState() for _ in range(lanes)]
+        self.queue = Queue(limits.shares)
+        self.limit = QueueLimit(
+            target=limits.target_wait, floor=2 * layout.max_requests * lanes * depth, most=limits.max_queue
+        )
+        self.works: dict[int, Work] = {}
+        self.launched: dict[Bucket, int] = dict.fromkeys(ladder, 0)
+        self.expired = self.refused = self.retried = 0
+        self._arrivals = self._arrived = 0.0
+        largest = ladder[-1]
+        self._rows_per_second = largest.tokens * lanes / costs.seconds(largest, lanes)
+
+    @property
+    def in_flight(self) -> int:
+        """Batches launched and not finished."""
+        return sum(len(lane.flights) for lane in self.lanes)
+
+    def backlog(self) -> float:
+        """Seconds that the devices need for what waits, about."""
+        return self.queue.rows / self._rows_per_second
+
+    def running_since(self) -> float | None:
+        """When the batch began that has run the longest; None where none runs."""
+        begun = [max(lane.flights[0].launched, lane.finished) for lane in self.lanes if lane.flights]
+        return min(begun, default=None)
+
+    def new(
+        self, ticket: int, record: np.ndarray, extent: Extent, *, now: float, due: float, traffic_class: int
+    ) -> Work:
+        """A request of these rows. Raises ValueError where no bucket holds it."""
+        if min(extent.candidates, capacity(self._ladder[-1], extent.history, self._layout)) < 1:
+            raise ValueError(f"no bucket holds a request of {extent}")
+        rows = sum(self._layout.aligned_extent(extent))
+        return Work(
+            ticket, record, extent, rows=rows, tasks=self._tasks, since=now, due=due, traffic_class=traffic_class
+        )
+
+    def submit(self, work: Work, now: float) -> list[Done]:
+        """Let a request wait; the answer of one that had to make room for it, if any.
+
+        Raises:
+            Refused: there is no room, or no time.
+        """
+        self._arrivals = self._arrivals_now(now) + 1 / ARRIVALS
+        self._arrived = now
+        if self._late(work, now) or not any(lane.alive for lane in self.lanes):
+            self.refused += 1
+            raise Refused
+        evicted: list[Done] = []
+        if len(self.queue) >= self.limit.limit:
+            victim = self.queue.most_over(work.traffic_class, self.limit.limit)
+            if victim is None:
+                self.refused += 1
+                raise Refused
+            self.queue.remove(victim)
+            self.refused += 1
+            evicted = self._leave([victim], Status.REFUSED)
+        self.queue.add(work)
+        self.works[work.ticket] = work
+        return evicted
+
+    def _late(self, work: Work, now: float) -> bool:
+        """Whether it can't be answered in time. Where nothing waits it is tried: an estimate may be wrong."""
+        if not len(self.queue):
+            return False
+        ahead = self.queue.rows_before(work.due, work.traffic_class, by_share=self.limit.overloaded)
+        begins = max(now, self._next_idle(now)) + ahead / self._rows_per_second
+        return begins + self._fastest(work) > work.due
+
+    def _fastest(self, work: Work) -> float:
+        """Seconds that a request takes at least."""
+        history, candidates = work.next_extent
+        for bucket in self._ladder:
+            if capacity(bucket, history, self._layout) >= candidates:
+                return self._costs.seconds(bucket, 1)
+        return self._costs.seconds(self._ladder[-1], 1)
+
+    def cancel(self, ticket: int) -> Work | None:
+        """Nobody waits for it any more; what no batch has taken never runs. None: it is not here."""
+        work = self.works.get(ticket)
+        if work is not None:
+            self._gone(work)
+        return work
+
+    def drop(self, now: float) -> list[Done]:
+        """Take out what can't be answered in time any more; the answers."""
+        expired = self.queue.due_by(now)
+        self.expired += len(expired)
+        doomed: list[Work] = []
+        if all(lane.flights for lane in self.lanes):  # else the first of them is tried: an estimate may be wrong
+            doomed = [work for work in self.queue.firsts() if work.due <= now + self._fastest(work)]
+            self.refused += len(doomed)
+        return self._leave(expired, Status.EXPIRED) + self._leave(doomed, Status.REFUSED)
+
+    def view(self, now: float) -> View | None:
+        """What a policy is shown; None where nothing waits, or nothing can be launched."""
+        open_lanes = [lane for lane in self.lanes if lane.alive]
+        places = sum(self.depth - len(lane.flights) for lane in open_lanes)
+        if not places or not len(self.queue):
+            return None
+        works = self.queue.front(SCAN, by_share=self.limit.overloaded)
+        idle = sum(not lane.flights for lane in open_lanes)
+        state = State(
+            now=now,
+            waiting=[Waiting(work.next_extent, work.since, work.due, work.alone) for work in works],
+            arrivals=self._arrivals_now(now),
+            places=places,
+            idle=idle,
+            busy=len(open_lanes) - idle,
+            next_idle=self._next_idle(now),
+        )
+        return View(state, works)
+
+    def decide(self, view: View) -> Launch | Wait:
+        """What the policy says. Changes nothing."""
+        return self._policy.decide(view.state)
+
+    def take(self, batch: Batch, works: Sequence[Work], now: float) -> Flight | None:
+        """A batch that the policy chose among these goes to a lane; None where all of it has gone meanwhile, or the
+        lane."""
+        open_lanes = [n for n, lane in enumerate(self.lanes) if lane.alive and len(lane.flights) < self.depth]
+        if not open_lanes:
+            return None
+        parts, rows = [], 0
+        for position, count in batch.shares:
+            work = works[position]
+            # Since the policy saw it, it was cancelled, or a batch with another part of it failed.
+            if work.left or (work.alone and len(batch.shares) > 1):
+                continue
+            whole = work.next_extent.candidates == count and len(work.todo) == 1
+            if whole:
+                self.queue.remove(work)
+            part = Part(work, *work.take(count))
+            self.queue.served(work, count / work.extent.candidates)
+            rows += sum(self._layout.aligned_extent(Extent(work.extent.history, count)))
+            parts.append(part)
+        if not parts:
+            return None
+        number = min(open_lanes, key=lambda n: (len(self.lanes[n].flights), self.lanes[n].free_at))
+        lane = self.lanes[number]
+        busy = sum(bool(other.flights) for other in self.lanes if other is not lane) + 1
+        flight = Flight(number, batch.bucket, parts, busy, bool(len(self.queue)), now, rows)
+        lane.free_at = max(now, lane.free_at if lane.flights else now) + self._costs.seconds(batch.bucket, busy)
+        lane.flights.append(flight)
+        self.launched[batch.bucket] += 1
+        self.limit.observe(now, self.backlog(), len(parts))
+        return flight
+
+    def finished(self, flight: Flight, now: float) -> list[Done]:
+        """A batch's scores are there; the answers of requests that it completed."""
+        lane = self._off(flight, now)
+        if lane.failures:
+            lane.failures, lane.blamed = 0, set()
+        began = max(flight.launched, lane.finished)
+        lane.finished = now
+        seconds = max(now - began, 1e-9)
+        self._costs.observe(flight.bucket, flight.busy, seconds)
+        if flight.queued and flight.busy == (alive := sum(lane.alive for lane in self.lanes)):
+            rate = flight.rows / seconds * alive
+            self._rows_per_second += RATE_WEIGHT * (rate - self._rows_per_second)
+        done: list[Done] = []
+        for work, _, _ in flight.parts:
+            self._ended(work)
+            if not work.outstanding and not work.todo and not work.left:
+                done += self._leave([work], Status.OK if work.finite else Status.NOT_FINITE)
+        return done
+
+    def failed(self, flight: Flight, now: float, *, by_lane: bool) -> list[Done]:
+        """A batch failed: a request that was alone in it has failed, the others run once more, each by itself.
+
+        So does one that was alone on a lane that is broken. Where no lane is left, everybody has failed.
+
+        Args:
+            by_lane: on the device, so that the lane itself may be at fault.
+        """
+        lane = self._off(flight, now)
+        if by_lane:
+            # The same request in a row may be at fault itself.
+            tickets = {part.work.ticket for part in flight.parts}
+            lane.failures += not tickets & lane.blamed
+            lane.blamed |= tickets
+            lane.alive = lane.failures < BROKEN
+        lost: list[Work] = []
+        for work, low, high in flight.parts:
+            self._ended(work)
+            if work.left:
+                continue
+            if work.alone or (len(flight.parts) == 1 and lane.alive):
+                lost.append(work)
+                continue
+            self.retried += 1
+            work.alone = True
+            self.queue.remove(work)
+            work.todo.append((low, high))
+            self.queue.add(work)
+        done = self._leave(lost, Status.FAILED)
+        return done if any(lane.alive for lane in self.lanes) else done + self.abandon()
+
+    def revive(self, number: int) -> None:
+        """A lane that was broken has been made anew."""
+        self.lanes[number] = LaneState()
+
+    def abandon(self) -> list[Done]:
+        """Nothing will run any more: everybody's answer."""
+        return self._leave(list(self.works.values()), Status.FAILED)
+
+    def _off(self, flight: Flight, now: float) -> LaneState:
+        lane = self.lanes[flight.lane]
+        lane.flights.remove(flight)
+        lane.free_at = now + sum(self._costs.seconds(other.bucket, other.busy) for other in lane.flights)
+        return lane
+
+    def _leave(self, works: Sequence[Work], status: Status) -> list[Done]:
+        for work in works:
+            self._gone(work)
+        return [work.done(status) for work in works]
+
+    def _gone(self, work: Work) -> None:
+        work.left = True
+        self.queue.remove(work)
+        del self.works[work.ticket]
+        if not work.outstanding:
+            self._on_left(work.record)
+
+    def _ended(self, work: Work) -> None:
+        """A piece of it is under way no more."""
+        work.outstanding -= 1
+        if work.left and not work.outstanding:
+            self._on_left(work.record)
+
+    def _next_idle(self, now: float) -> float:
+        return max(now, min((lane.free_at if lane.flights else now for lane in self.lanes if lane.alive), default=now))
+
+    def _arrivals_now(self, now: float) -> float:
+        return self._arrivals * math.exp(min(0.0, self._arrived - now) / ARRIVALS)

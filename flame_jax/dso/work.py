@@ -1,0 +1,114 @@
+"""A request inside the dispatcher, and how it leaves."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import NamedTuple
+
+import numpy as np
+
+from flame_jax.packing import Extent
+
+
+class Status(Enum):
+    """How a request left the dispatcher."""
+
+    OK = "ok"
+    EXPIRED = "expired"
+    """Its deadline passed before it reached a device."""
+    REFUSED = "refused"
+    """It could not be answered in time, or there was no room for it."""
+    NOT_FINITE = "not finite"
+    """A score of its own is no number."""
+    FAILED = "failed"
+
+
+class Done(NamedTuple):
+    """One finished request.
+
+    Attributes:
+        scores: float32[C, tasks] in the request's candidate order; None unless OK.
+        queue_ns: from submission to the first launch.
+        assemble_ns: copying into slots, summed over its pieces.
+        compute_ns: from the first launch to the last result; pieces overlap.
+        batches: pieces it was scored in.
+    """
+
+    ticket: int
+    status: Status
+    scores: np.ndarray | None
+    queue_ns: int
+    assemble_ns: int
+    compute_ns: int
+    batches: int
+
+
+class Work:
+    """A request inside the dispatcher. Times are seconds on the clock of time.monotonic().
+
+    Attributes:
+        rows: aligned rows that it takes, its size in estimates.
+        todo: candidates [low, high) that no batch has taken yet.
+        alone: it was in a batch that failed, and runs once more by itself.
+        outstanding: pieces under way.
+        left: it has been answered, or nobody waits for it any more.
+    """
+
+    __slots__ = (
+        "alone", "assemble_ns", "batches", "compute_ns", "due", "extent", "finite", "launched_ns", "left",
+        "outstanding", "queue_ns", "record", "rows", "scores", "since", "ticket", "todo", "traffic_class",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        ticket: int,
+        record: np.ndarray,
+        extent: Extent,
+        *,
+        rows: int,
+        tasks: int,
+        since: float,
+        due: float,
+        traffic_class: int,
+    ) -> None:
+        self.ticket, self.record, self.extent, self.rows = ticket, record, extent, rows
+        self.since, self.due, self.traffic_class = since, due, traffic_class
+        self.scores = np.empty((extent.candidates, tasks), np.float32)
+        self.todo = [(0, extent.candidates)]
+        self.outstanding = self.batches = 0
+        self.queue_ns = self.assemble_ns = self.compute_ns = self.launched_ns = 0
+        self.alone = self.left = False
+        self.finite = True
+
+    def __lt__(self, other: Work) -> bool:
+        return (self.due, self.ticket) < (other.due, other.ticket)
+
+    @property
+    def next_extent(self) -> Extent:
+        """Of the candidates that go next."""
+        low, high = self.todo[0]
+        return Extent(self.extent.history, high - low)
+
+    def take(self, count: int) -> tuple[int, int]:
+        """The next `count` candidates [low, high) go into a batch."""
+        low, high = self.todo[0]
+        if low + count < high:
+            self.todo[0] = low + count, high
+        else:
+            self.todo.pop(0)
+        self.outstanding += 1
+        self.batches += 1
+        return low, low + count
+
+    def done(self, status: Status) -> Done:
+        """What is told of it."""
+        scores = self.scores if status is Status.OK else None
+        return Done(self.ticket, status, scores, self.queue_ns, self.assemble_ns, self.compute_ns, self.batches)
+
+
+class Part(NamedTuple):
+    """Candidates [low, high) of a request in one batch."""
+
+    work: Work
+    low: int
+    high: int
