@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from flame_jax.fke.buckets import Ladder, capacity
@@ -26,6 +26,45 @@ class Batch(NamedTuple):
     shares: tuple[Share, ...]
 
 
+class Item(NamedTuple):
+    """A waiting request in aligned rows."""
+
+    position: int
+    history: int
+    candidates: int
+
+
+class Room(NamedTuple):
+    """What a batch has left, in rows and in requests; `tokens` are those of histories and candidates together."""
+
+    tokens: int
+    candidates: int
+    requests: int
+
+
+def join(items: Iterable[Item], room: Room, least: Room = Room(1, 1, 1)) -> tuple[list[int], Room]:  # noqa: B008
+    """Fill what room a batch has, in order, with those that fit whole.
+
+    Args:
+        least: what every item takes at least.
+
+    Returns:
+        Positions of those that joined, and the room that is left.
+    """
+    tokens, candidates, requests = room
+    least_tokens, least_candidates, _ = least
+    joined = []
+    for position, history, rows in items:
+        if tokens < least_tokens or candidates < least_candidates or not requests:
+            break
+        if rows <= candidates and history + rows <= tokens:
+            joined.append(position)
+            tokens -= history + rows
+            candidates -= rows
+            requests -= 1
+    return joined, Room(tokens, candidates, requests)
+
+
 def next_batch(waiting: Sequence[Extent], ladder: Ladder, layout: Layout) -> Batch:
     """Choose the next batch.
 
@@ -43,16 +82,18 @@ def next_batch(waiting: Sequence[Extent], ladder: Ladder, layout: Layout) -> Bat
     first = waiting[0]
     taken = min(first.candidates, capacity(largest, first.history, layout))
     if taken <= 0:
-        raise ValueError(f"a history of {first.history} rows leaves no room for candidates in {largest}")
-    shares = [Share(0, taken)]
-    total = layout.aligned_extent(Extent(first.history, taken))
-    for position, extent in enumerate(waiting[1:SCAN], start=1):
-        if len(shares) == layout.max_requests or total.candidates == largest.candidates:
-            break
-        history, candidates = layout.aligned_extent(extent)
-        grown = Extent(total.history + history, total.candidates + candidates)
-        if grown.candidates <= largest.candidates and sum(grown) <= largest.tokens:
-            shares.append(Share(position, extent.candidates))
-            total = grown
-    bucket = next(b for b in ladder if total.candidates <= b.candidates and sum(total) <= b.tokens)
-    return Batch(bucket, tuple(shares))
+        raise no_room(first.history, largest)
+    history, candidates = layout.aligned_extent(Extent(first.history, taken))
+    room = Room(largest.tokens - history - candidates, largest.candidates - candidates, layout.max_requests - 1)
+    joined, room = join(
+        (Item(position, *layout.aligned_extent(waiting[position])) for position in range(1, min(len(waiting), SCAN))),
+        room,
+    )
+    tokens, candidates = largest.tokens - room.tokens, largest.candidates - room.candidates
+    bucket = next(b for b in ladder if candidates <= b.candidates and tokens <= b.tokens)
+    return Batch(bucket, (Share(0, taken), *(Share(position, waiting[position].candidates) for position in joined)))
+
+
+def no_room(history: int, largest: Bucket) -> ValueError:
+    """What is raised for a request whose history leaves no room for a candidate in any bucket."""
+    return ValueError(f"a history of {history} rows leaves no room for candidates in {largest}")

@@ -1,0 +1,88 @@
+"""Our policy: the cheapest batches that are in time, by what batches are known to cost."""
+
+from __future__ import annotations
+
+from flame_jax.dso.backlog import Backlog
+from flame_jax.dso.plans import Lanes, Plan, Planner
+from flame_jax.dso.policy import Costs, Launch, State, Wait
+from flame_jax.fke.buckets import Ladder
+from flame_jax.packing import Layout
+
+LOOK = 64
+"""Waiting requests looked at; those behind hardly change what is best for the first."""
+
+
+class DeadlineCost:
+    """Fewest late answers, then the least time that requests spend, summed over them.
+
+    A launch always holds the most urgent request that can still be in time. It is chosen among these, played out
+    with `costs` until nothing waits:
+
+    - for each bucket, as many batches as lanes are idle, filled in order of urgency and no larger than it (so that
+      a large request is split over lanes or in turns, and small ones share or spread);
+    - for each number of idle lanes, all that waits spread over so many, each request whole.
+
+    What waits for a lane is launched behind a running batch only if waiting has nothing to gain, or just in time to
+    follow it. The last idle lane may be kept a little for company that is expected.
+
+    Args:
+        costs: what `seconds` says may change between decisions.
+        max_wait: seconds after its submission for which a request's launch on an idle lane may be put off.
+        lead: seconds from a decision until its batches can start to run.
+    """
+
+    def __init__(self, ladder: Ladder, layout: Layout, costs: Costs, *, max_wait: float, lead: float) -> None:
+        self._ladder, self._layout, self._costs = ladder, layout, costs
+        self._max_wait, self._lead = max_wait, lead
+
+    def decide(self, state: State) -> Launch | Wait:
+        """What to launch now, or until when to wait.
+
+        Raises:
+            ValueError: the first request's history leaves no room for a candidate in any bucket.
+        """
+        backlog = Backlog(state.waiting[:LOOK], state.now, self._ladder, self._layout)
+        if state.idle:
+            lanes = Lanes(self._lead, min(state.idle, state.places), state.busy, state.arrivals)
+        else:
+            # A batch launched now follows one that runs, in its place.
+            start = max(self._lead, state.next_idle - state.now)
+            lanes = Lanes(start, 1, max(0, state.busy - 1), state.arrivals)
+        planner = Planner(backlog, self._ladder, self._costs, lanes)
+        plan = planner.best()
+        if state.idle:
+            until = self._for_company(state, backlog, planner, plan)
+        else:
+            until = self._for_lane(state, backlog, planner)
+        return Wait(until) if until > state.now else Launch(backlog.batches(plan.loads))
+
+    def _for_lane(self, state: State, backlog: Backlog, planner: Planner) -> float:
+        """When to launch what follows a running batch: at once if what waits fills the most efficient bucket."""
+        _, bucket = min(planner.prices(1), key=lambda price: price[0] / price[1].tokens)
+        (load,), rest = backlog.pack(backlog.items, self._ladder.index(bucket), 1)
+        full = load.tokens == bucket.tokens or load.candidates == bucket.candidates
+        if rest or full or load.requests == self._layout.max_requests:
+            return state.now
+        return state.next_idle - self._lead
+
+    def _for_company(self, state: State, backlog: Backlog, planner: Planner, plan: Plan) -> float:
+        """Until when the last idle lane is kept for one more request than wait."""
+        (load, _), *others = plan.loads
+        alone = state.waiting[load.head].alone
+        if state.idle > 1 or others or plan.rest or plan.late or alone or not state.arrivals:
+            return state.now
+        history, candidates = backlog.mean
+        now = planner.price(load.tokens, load.candidates)
+        own = planner.price(history + candidates, candidates)
+        both = planner.price(load.tokens + history + candidates, load.candidates + candidates)
+        if now is None or own is None or both is None or load.requests == self._layout.max_requests:
+            return state.now
+        # One more comes after `gap`. Launch now: it waits until a lane is free, then takes a batch of its own. Wait
+        # for it: all that wait lose the gap and what the batch grows by, and it shares their batch.
+        gap = 1 / state.arrivals
+        apart = max(0.0, now[0] / (state.busy + 1) - gap) + own[0]
+        together = load.requests * (gap + both[0] - now[0]) + both[0]
+        if together >= apart:
+            return state.now
+        oldest = min(request.since for request in state.waiting)
+        return min(oldest + self._max_wait, state.now + min(backlog.due) - self._lead - both[0])

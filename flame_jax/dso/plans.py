@@ -1,0 +1,189 @@
+"""Ways to serve a backlog, and what each costs: how many requests are late, and how long they take."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from flame_jax.dso.backlog import Backlog, Load
+from flame_jax.dso.batching import Item
+from flame_jax.dso.policy import Costs
+from flame_jax.fke.buckets import Ladder
+from flame_jax.packing import Bucket
+
+FEW = 6
+"""So many waiting requests are worth laying out to the last; of more, what comes later is taken to flow evenly."""
+
+
+class Lanes(NamedTuple):
+    """What a launch finds.
+
+    Attributes:
+        start: when its batches begin to run, in seconds from now.
+        free: lanes that take one each.
+        busy: lanes that run something else meanwhile.
+        arrivals: requests per second that come meanwhile.
+    """
+
+    start: float
+    free: int
+    busy: int
+    arrivals: float
+
+
+class Plan(NamedTuple):
+    """A launch and what comes of it.
+
+    Attributes:
+        late: requests whose answers come past their due time.
+        cost: seconds that requests spend from now on, those that wait and those to come, summed.
+        loads: what is launched now, and the buckets.
+        rest: whether something waits for another launch.
+    """
+
+    late: int
+    cost: float
+    loads: list[tuple[Load, Bucket]]
+    rest: bool
+
+
+class Planner:
+    """Plays out ways to serve a backlog.
+
+    Args:
+        lanes: at least one free.
+    """
+
+    def __init__(self, backlog: Backlog, ladder: Ladder, costs: Costs, lanes: Lanes) -> None:
+        self._backlog, self._ladder, self._costs, self._lanes = backlog, ladder, costs, lanes
+        self._earliest = min(backlog.due)
+        self._prices: dict[int, list[tuple[float, Bucket]]] = {}
+
+    def prices(self, launched: int) -> list[tuple[float, Bucket]]:
+        """Seconds of each bucket with so many launched at once, the cheapest first."""
+        prices = self._prices.get(launched)
+        if prices is None:
+            busy, seconds = self._lanes.busy + launched, self._costs.seconds
+            prices = self._prices[launched] = sorted((seconds(bucket, busy), bucket) for bucket in self._ladder)
+        return prices
+
+    def price(self, tokens: int, candidates: int, launched: int = 1) -> tuple[float, Bucket] | None:
+        """Seconds and bucket of the cheapest that holds so many rows; None if none does."""
+        for price in self.prices(launched):
+            if price[1][0] >= tokens and price[1][1] >= candidates:
+                return price
+        return None
+
+    def best(self) -> Plan:
+        """Fewest late, then least cost, then the first considered: the smallest bucket."""
+        self._put_off_hopeless()
+        best = min(self._in_order(), key=_rank)
+        items, free = len(self._backlog.items), self._lanes.free
+        if items <= FEW:
+            for count in range(2, min(free, items) + 1):
+                loads = self._backlog.spread(count)
+                if loads is not None:
+                    best = min(best, self._play(loads, [], []), key=_rank)
+        return best
+
+    def _put_off_hopeless(self) -> None:
+        """Move those behind that would be late even by themselves."""
+        backlog = self._backlog
+        timely: list[Item] = []
+        hopeless: list[Item] = []
+        for item in backlog.items:
+            left = backlog.due[item.position] - self._lanes.start
+            whole = self.price(item.history + item.candidates, item.candidates)
+            possible = (whole is not None and whole[0] <= left) or self._soonest(item) <= left
+            (timely if possible else hopeless).append(item)
+        if hopeless:
+            backlog.items = timely + hopeless
+
+    def _soonest(self, item: Item) -> float:
+        """Seconds of a request that has all free lanes for itself, in pieces of equal size and a last one."""
+        soonest = math.inf
+        _, history, rows = item
+        for tokens, candidates in self._ladder:
+            room = min(candidates, tokens - history)
+            if room <= 0:
+                continue
+            full, rest = divmod(rows, room)
+            width = min(self._lanes.free, full + (rest > 0))
+            seconds = -(-full // width) * _known(self.price(history + room, room, width))[0]
+            if rest and full % width == 0:
+                seconds += _known(self.price(history + rest, rest, width))[0]
+            soonest = min(soonest, seconds)
+        return soonest
+
+    def _in_order(self) -> Iterator[Plan]:
+        """For each bucket: a launch of batches no larger; what is left then in batches of the best rate.
+
+        When few wait, also what is left in batches no larger, or in the largest.
+        """
+        backlog, free = self._backlog, self._lanes.free
+        launches: list[tuple[int, list[Load], list[Item]]] = []
+        for cap in range(len(self._ladder)):
+            now, rest = backlog.pack(backlog.items, cap, free)
+            if not launches or now != launches[-1][1]:
+                launches.append((cap, now, rest))
+            if not rest and len(now) == 1:
+                break
+        few = len(backlog.items) <= FEW
+        fastest = max(launches, key=lambda launch: self._rate(launch[1]))[0]
+        for cap, now, rest in launches:
+            for tail in {fastest, cap, len(self._ladder) - 1} if few and rest else (fastest,):
+                yield self._play(now, *backlog.pack(rest, tail, 2 * FEW if few else 1))
+
+    def _rate(self, loads: list[Load]) -> float:
+        """Useful rows per second of a lane."""
+        seconds = [_known(self.price(load.tokens, load.candidates, self._lanes.free))[0] for load in loads]
+        return sum([load.work for load in loads]) / sum(seconds)
+
+    def _play(self, now: list[Load], later: list[Load], behind: list[Item]) -> Plan:
+        """Run batches on as many lanes as are launched now, each on the one that is free first."""
+        due, earliest, width = self._backlog.due, self._earliest, len(now)
+        free = [self._lanes.start] * width
+        launch: list[tuple[Load, Bucket]] = []
+        late, total, split, spent = 0, 0.0, 0.0, 0.0
+        for load in now + later:
+            seconds, bucket = _known(self.price(load.tokens, load.candidates, width))
+            if len(launch) < width:
+                launch.append((load, bucket))
+            else:
+                spent += seconds
+            lane = free.index(min(free)) if width > 1 else 0
+            end = free[lane] = free[lane] + seconds
+            total += end * len(load.joined)
+            # A request's pieces follow each other; it is done when the last of them ends.
+            split = max(split, end)
+            if load.whole:
+                total += split
+                late += due[load.head] < split
+                split = 0.0
+            if end > earliest:
+                late += sum([due[position] < end for position in load.joined])
+        first = min(free)
+        if behind:
+            # What is left flows at the rate of what was laid out for later.
+            work = self._backlog.work
+            pace = spent / width / sum([load.work for load in later])
+            mean = sum(free) / width
+            first = mean + pace * sum([work[item[0]] for item in behind])
+            total += len(behind) * (mean + first) / 2
+            if first > earliest:
+                step = (first - mean) / len(behind)
+                late += sum([due[item[0]] < mean + n * step for n, item in enumerate(behind, 1)])
+        if width == self._lanes.free:
+            # Who comes while no lane is free waits half of that time, on average.
+            total += self._lanes.arrivals * first * first / 2
+        return Plan(late, total, launch, bool(later))
+
+
+def _known(price: tuple[float, Bucket] | None) -> tuple[float, Bucket]:
+    assert price is not None, "a load fits a bucket"
+    return price
+
+
+def _rank(plan: Plan) -> tuple[int, float]:
+    return plan.late, plan.cost
