@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -239,20 +240,30 @@ class DispatchConfig:
     """The dispatcher.
 
     Attributes:
-        executors: executors (slot + executable) per bucket, so batches in flight at most.
+        policy: what batches are made of, and when: `deadline_cost`, by deadlines and by what batches are known to take;
+            or `descending`, the FLAME paper's, one request per batch, split over buckets (docs/dso.md).
+        executors: executors (slot + executable) per bucket and lane, so batches on a lane at most.
         max_queue: requests waiting at most; one more is refused.
+        max_wait_us: microseconds that a request waits at most for others to share its batch, while a lane is idle.
+        target_wait_ms: milliseconds of work that may wait; where there is always more, the queue is cut down.
+        hang_seconds: a batch that takes longer means that the device hangs: the version is given up.
         row_threads: that copy rows of an item table in host memory to slots (model.item_table).
         hot_rows_seconds: between two choices of the rows that the device holds (model.hot_rows).
     """
 
+    policy: Literal["deadline_cost", "descending"] = "deadline_cost"
     executors: int = 2
     max_queue: int = 1024
+    max_wait_us: float = 300.0
+    target_wait_ms: float = 50.0
+    hang_seconds: float = 30.0
     row_threads: int = 4
     hot_rows_seconds: float = 60.0
 
     def __post_init__(self) -> None:
         at_least(1, "dispatch", self, "executors", "max_queue", "row_threads")
-        some_seconds("dispatch", self, "hot_rows_seconds")
+        at_least(0, "dispatch", self, "max_wait_us")
+        some_seconds("dispatch", self, "hot_rows_seconds", "hang_seconds", "target_wait_ms")
 
 
 @dataclass(frozen=True)
@@ -281,7 +292,8 @@ class ServerConfig:
         strict_ids: refuse unknown users (NOT_FOUND) and unknown items (INVALID_ARGUMENT) instead of
             scoring them cold.
         drain_seconds: after SIGTERM, how long accepted calls may take to finish.
-        traffic_classes: names a request may carry; the first is the default.
+        traffic_classes: names a request may carry, and their shares of the devices when there is not enough for all;
+            the first is the default.
         cores: processor cores to stay on, such as 0-7,16; `auto`: those of the NUMA node that the GPU is attached to,
             where there are several; `all`.
         log_level: level of the log on stderr.
@@ -306,7 +318,7 @@ class ServerConfig:
     default_timeout_ms: int = 1000
     strict_ids: bool = False
     drain_seconds: float = 30.0
-    traffic_classes: tuple[str, ...] = ("default", "critical", "batch")
+    traffic_classes: dict[str, float] = field(default_factory=lambda: {"default": 5.0, "critical": 4.0, "batch": 1.0})
     cores: str | int = "auto"
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
@@ -321,6 +333,8 @@ class ServerConfig:
                 raise ValueError(f"server.{name} must be at most {most}, not {getattr(self, name)}")
         if not self.traffic_classes or not all(self.traffic_classes):
             raise ValueError("server.traffic_classes must be non-empty names")
+        if not all(0 < share < math.inf for share in self.traffic_classes.values()):
+            raise ValueError("server.traffic_classes must have positive shares")
         self._check_repository()
 
     def _check_repository(self) -> None:

@@ -67,6 +67,7 @@ class RankRequest:
             take their feature's default.
         tasks: indices of the tasks wanted, in the order wanted.
         top_k: how many best candidates of the first task to name; 0 for none.
+        traffic_class: index into the server's traffic classes.
     """
 
     user: str
@@ -78,6 +79,7 @@ class RankRequest:
     item_features: Mapping[str, np.ndarray] = field(default_factory=dict)
     tasks: tuple[int, ...] = (0,)
     top_k: int = 0
+    traffic_class: int = 0
 
 
 @dataclass(frozen=True)

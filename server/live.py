@@ -12,8 +12,10 @@ from itertools import count
 import jax
 
 from flame_jax.config import Config
+from flame_jax.dso.calibrate import calibrate
 from flame_jax.dso.dispatcher import Dispatcher
 from flame_jax.dso.executor import Executor
+from flame_jax.dso.start import make_scheduler
 from flame_jax.dso.work import Done
 from flame_jax.fke.artifact import Artifact, ArtifactError
 from flame_jax.fke.engine import Engine
@@ -25,6 +27,7 @@ from flame_jax.pda.hot_rows import HotRows, Renewal
 from flame_jax.pda.page_lock import PageLock
 from flame_jax.pda.store import Store, StoreError
 from flame_jax.server.validation import Validator
+from flame_jax.workspace import BufferPool
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +78,7 @@ class LiveModel:
     Attributes:
         in_flight: calls routed to it that have not ended.
         ok: calls answered since it got its role.
+        records: whose memory requests' records are made in.
         failed: calls that ended by its own fault since then.
         hot: rows of an item table in host memory that the device holds, if any.
 
@@ -96,8 +100,10 @@ class LiveModel:
         self.in_flight = self.ok = self.failed = 0
         self.validator = Validator(manifest.schema, config.server)
         self._table = host_table(engine.item_table, config.dispatch.row_threads)
-        self.assembler = Assembler(manifest.schema, engine.vocabularies, self._table)
+        self.records = BufferPool()
+        self.assembler = Assembler(manifest.schema, engine.vocabularies, self._table, self.records)
         self.page_lock = PageLock(engine.device)
+        measured = calibrate([engine])
         first = engine.hand_over_hot_rows()
         self.hot = HotRows(engine.item_table, first) if engine.item_table is not None and first is not None else None
         self.inbox = Inbox(loop)
@@ -108,19 +114,29 @@ class LiveModel:
             if (live := this()) is not None:
                 loop.call_soon_threadsafe(on_fatal, live)
 
-        self.dispatcher = Dispatcher(
-            [
+        def lane() -> list[Executor]:
+            return [
                 Executor(engine, bucket, self.assembler.layout, manifest.layout, self.page_lock, self.hot)
                 for bucket in manifest.buckets
                 for _ in range(config.dispatch.executors)
-            ],
-            manifest.buckets,
+            ]
+
+        scheduler = make_scheduler(
+            config.dispatch,
             manifest.layout,
-            self.assembler.layout,
+            measured,
+            shares=list(config.server.traffic_classes.values()),
+            lanes=1,
             tasks=len(manifest.schema.tasks),
-            max_queue=config.dispatch.max_queue,
+            on_left=self.records.give,
+        )
+        self.dispatcher = Dispatcher(
+            [lane()],
+            scheduler,
+            self.assembler.layout,
             on_done=self.inbox.deliver,
             on_fatal=died,
+            hang_seconds=config.dispatch.hang_seconds,
         )
         # Last: nothing would end its thread if anything before failed.
         self._renewal = Renewal(self.hot, config.dispatch.hot_rows_seconds) if self.hot is not None else None

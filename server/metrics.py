@@ -11,6 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from flame_jax.fke.manifest import Manifest
+from flame_jax.packing import Bucket
 
 _SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 _LOAD_SECONDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0)
@@ -75,7 +76,7 @@ class Metrics:
         ):
             for value in values:
                 counter.labels(value)
-        self._launched: list[tuple[str, Mapping[str, int]]] = []
+        self._launched: list[tuple[str, Mapping[Bucket, int]]] = []
         self.counters("flame_batches", "Batches launched", ["version", "bucket"], self._batches)
         self._children = {stage: self._stages.labels(stage) for stage in STAGES}
 
@@ -112,7 +113,7 @@ class Metrics:
             }
         )
 
-    def loaded(self, version: str, launched: Mapping[str, int], seconds: float) -> None:
+    def loaded(self, version: str, launched: Mapping[Bucket, int], seconds: float) -> None:
         """A version is loaded; `launched` counts its batches by bucket from now on."""
         self._loads.observe(seconds)
         self._launched.append((version, launched))
@@ -145,7 +146,7 @@ class Metrics:
         # A version may have been loaded more than once: a metric has one row per labels.
         totals: _Totals[tuple[str, str]] = _Totals()
         for version, launched in self._launched:
-            totals.update({(version, bucket): count for bucket, count in launched.items()})
+            totals.update({(version, str(bucket)): count for bucket, count in launched.items()})
         return totals.items()
 
     def listen(self, host: str, port: int) -> int:

@@ -147,7 +147,7 @@ class RankingService:
             raise RankError(Fault.DEADLINE_EXCEEDED)
         assembled = await self._features(live, request)
         assembled_at = time.monotonic_ns()
-        done = await self._score(live, assembled.record, call.deadline)
+        done = await self._score(live, assembled.record, call.deadline, request.traffic_class)
         scored = time.monotonic_ns()
         answer = self._respond(live, request, wire.request_id, assembled, done)
         encoded = time.monotonic_ns()
@@ -183,12 +183,13 @@ class RankingService:
             raise RankError(Fault.UNKNOWN_ITEM)
         return assembled
 
-    async def _score(self, live: LiveModel, record: np.ndarray, deadline: int) -> Done:
+    async def _score(self, live: LiveModel, record: np.ndarray, deadline: int, traffic_class: int) -> Done:
         ticket, future = live.inbox.open()
         try:
-            live.dispatcher.submit(ticket, record, deadline)
+            live.dispatcher.submit(ticket, record, deadline, traffic_class)
             done = await future
         except Refused:
+            live.records.give(record)
             raise RankError(Fault.OVERLOADED) from None
         except asyncio.CancelledError:
             live.dispatcher.cancel(ticket)

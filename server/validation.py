@@ -43,7 +43,7 @@ class Validator:
 
     def request(self, wire: ranking_pb2.RankRequest) -> RankRequest:
         """The request that a parsed message makes. Raises RankError."""
-        _index(wire.traffic_class, self._config.traffic_classes, Fault.UNKNOWN_TRAFFIC_CLASS)
+        traffic_class = _index(wire.traffic_class, tuple(self._config.traffic_classes), Fault.UNKNOWN_TRAFFIC_CLASS)
         history = self._history(wire.history) if wire.HasField("history") else None
         newest = int(history.timestamps[-1]) if history is not None and len(history) else 0
         # A caller whose clock runs ahead of ours may send an event just made: the default is never before it.
@@ -62,6 +62,7 @@ class Validator:
             item_features=self._item_features(wire.item_features, len(candidates)),
             tasks=self._tasks(wire.tasks),
             top_k=min(wire.top_k, len(candidates)),
+            traffic_class=traffic_class,
         )
 
     def _candidates(self, raw: bytes) -> np.ndarray:

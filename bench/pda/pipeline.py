@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -12,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from flame_jax.config import Config
-from flame_jax.dso.dispatcher import Dispatcher, Status
+from flame_jax.dso.dispatcher import Dispatcher
 from flame_jax.dso.executor import Executor
+from flame_jax.dso.start import make_scheduler
+from flame_jax.dso.work import Status
 from flame_jax.packing import Bucket, SlotLayout
 from flame_jax.pda.assembler import Assembler
 from flame_jax.pda.page_lock import Memory, PageLock
@@ -21,9 +24,12 @@ from flame_jax.pda.query import FeatureQuery
 from flame_jax.request import RankRequest
 from flame_jax.server.live import Inbox
 from flame_jax.vocabulary import Vocabularies
+from flame_jax.workspace import BufferPool
 
 NOW = 2_000_000_000
 TIMEOUT_NS = 10**10
+BATCH_SECONDS = 1e-3
+"""What a batch is expected to take until the first have shown it."""
 
 
 class Runs(Protocol):
@@ -95,7 +101,8 @@ class Pipeline:
         tuned: bool,
     ) -> None:
         self._query = query
-        self._assembler = Assembler(config.schema, vocabularies)
+        records = BufferPool()
+        self._assembler = Assembler(config.schema, vocabularies, pool=records)
         lock = PageLock(device)
         if not tuned:
             lock.memory, engine = Memory.PAGEABLE, FieldByField(engine, device)
@@ -108,15 +115,17 @@ class Pipeline:
             for _ in range(config.dispatch.executors)
         ]
         self._inbox = Inbox(asyncio.get_running_loop())
-        self._dispatcher = Dispatcher(
-            executors,
-            ladder,
+        scheduler = make_scheduler(
+            dataclasses.replace(config.dispatch, max_queue=100_000),
             config.layout,
-            self._assembler.layout,
+            {bucket: [BATCH_SECONDS] for bucket in ladder},
+            shares=[1.0],
+            lanes=1,
             tasks=len(config.schema.tasks),
-            max_queue=100_000,
-            on_done=self._inbox.deliver,
-            on_fatal=lambda: None,
+            on_left=records.give,
+        )
+        self._dispatcher = Dispatcher(
+            [executors], scheduler, self._assembler.layout, on_done=self._inbox.deliver, on_fatal=lambda: None
         )
 
     async def rank(self, user: str, candidates: np.ndarray) -> bool:

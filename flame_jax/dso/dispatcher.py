@@ -13,7 +13,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -97,6 +97,11 @@ class Dispatcher:
     def lanes_alive(self) -> int:
         """Lanes in use."""
         return sum(lane.alive for lane in self._scheduler.lanes)
+
+    @property
+    def launched(self) -> Mapping[Bucket, int]:
+        """Batches so far, by bucket."""
+        return self._scheduler.launched
 
     @property
     def scheduler(self) -> Scheduler:

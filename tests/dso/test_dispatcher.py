@@ -55,7 +55,7 @@ def test_a_small_request_takes_the_cheapest_bucket() -> None:
     desk.submit(1, history=4, candidates=8)
     desk.finish()
     assert desk.lab.buckets == [SMALL]
-    assert desk.dispatcher.scheduler.launched == {SMALL: 1, LARGE: 0}
+    assert desk.dispatcher.launched == {SMALL: 1, LARGE: 0}
 
 
 @pytest.mark.parametrize("executors", [1, 3])

@@ -134,7 +134,8 @@ def test_a_deadline_too_short_is_kept_and_the_server_lives(server: Server, clien
     for _ in range(50):
         with pytest.raises(grpc.RpcError) as caught:
             client.rank("u1", np.tile(ITEMS, 20), request_time=NOW, timeout=0.004)
-        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        # Refused while the batch of the last one still runs.
+        assert caught.value.code() in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED)
         expired = server.metric("flame_finished_total", outcome="expired") - before
         if expired:  # one that reached the handler; the transport may drop others before that
             break
