@@ -48,6 +48,23 @@ class Limits:
     shares: tuple[float, ...] = (1.0,)
 
 
+@dataclass
+class Totals:
+    """What has run so far.
+
+    Attributes:
+        batches: that ended.
+        rows: of requests in them.
+        tokens: of their buckets.
+        busy_seconds: for which lanes had a batch, summed over lanes.
+    """
+
+    batches: int = 0
+    rows: int = 0
+    tokens: int = 0
+    busy_seconds: float = 0.0
+
+
 @dataclass(eq=False)
 class Flight:
     """A batch on its way.
@@ -57,6 +74,7 @@ class Flight:
         busy: lanes that ran something when it was launched, its own among them.
         queued: requests still waited when it was launched.
         launched: seconds.
+        rows: of its requests.
     """
 
     lane: int
@@ -106,6 +124,7 @@ class Scheduler:
 
     Attributes:
         depth: the same.
+        totals: of the batches so far.
         works: requests inside, by ticket.
         expired, refused, retried: requests that left, or ran once more, for that reason.
     """
@@ -130,6 +149,7 @@ class Scheduler:
         self.limit = QueueLimit(
             target=limits.target_wait, floor=2 * layout.max_requests * lanes * depth, most=limits.max_queue
         )
+        self.totals = Totals()
         self.works: dict[int, Work] = {}
         self.launched: dict[Bucket, int] = dict.fromkeys(ladder, 0)
         self.expired = self.refused = self.retried = 0
@@ -157,10 +177,7 @@ class Scheduler:
         """A request of these rows. Raises ValueError where no bucket holds it."""
         if min(extent.candidates, capacity(self._ladder[-1], extent.history, self._layout)) < 1:
             raise ValueError(f"no bucket holds a request of {extent}")
-        rows = sum(self._layout.aligned_extent(extent))
-        return Work(
-            ticket, record, extent, rows=rows, tasks=self._tasks, since=now, due=due, traffic_class=traffic_class
-        )
+        return Work(ticket, record, extent, tasks=self._tasks, since=now, due=due, traffic_class=traffic_class)
 
     def submit(self, work: Work, now: float) -> list[Done]:
         """Let a request wait; the answer of one that had to make room for it, if any.
@@ -259,7 +276,7 @@ class Scheduler:
                 self.queue.remove(work)
             part = Part(work, *work.take(count))
             self.queue.served(work, count / work.extent.candidates)
-            rows += sum(self._layout.aligned_extent(Extent(work.extent.history, count)))
+            rows += work.extent.history + count
             parts.append(part)
         if not parts:
             return None
@@ -281,6 +298,10 @@ class Scheduler:
         began = max(flight.launched, lane.finished)
         lane.finished = now
         seconds = max(now - began, 1e-9)
+        self.totals.batches += 1
+        self.totals.rows += flight.rows
+        self.totals.tokens += flight.bucket.tokens
+        self.totals.busy_seconds += seconds
         self._costs.observe(flight.bucket, flight.busy, seconds)
         if flight.queued and flight.busy == (alive := sum(lane.alive for lane in self.lanes)):
             rate = flight.rows / seconds * alive

@@ -47,7 +47,7 @@ class Work:
     """A request inside the dispatcher. Times are seconds on the clock of time.monotonic().
 
     Attributes:
-        rows: aligned rows that it takes, its size in estimates.
+        rows: history and candidates, its size in estimates.
         todo: candidates [low, high) that no batch has taken yet.
         alone: it was in a batch that failed, and runs once more by itself.
         outstanding: pieces under way.
@@ -65,13 +65,12 @@ class Work:
         record: np.ndarray,
         extent: Extent,
         *,
-        rows: int,
         tasks: int,
         since: float,
         due: float,
         traffic_class: int,
     ) -> None:
-        self.ticket, self.record, self.extent, self.rows = ticket, record, extent, rows
+        self.ticket, self.record, self.extent, self.rows = ticket, record, extent, sum(extent)
         self.since, self.due, self.traffic_class = since, due, traffic_class
         self.scores = np.empty((extent.candidates, tasks), np.float32)
         self.todo = [(0, extent.candidates)]

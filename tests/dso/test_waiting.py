@@ -13,9 +13,8 @@ from flame_jax.packing import Extent
 
 
 def work(ticket: int, due: float = 1.0, traffic_class: int = 0, rows: int = 8) -> Work:
-    return Work(
-        ticket, np.zeros(0, np.int32), Extent(0, 4), rows=rows, tasks=1, since=0.0, due=due, traffic_class=traffic_class
-    )
+    extent = Extent(rows - 4, 4)
+    return Work(ticket, np.zeros(0, np.int32), extent, tasks=1, since=0.0, due=due, traffic_class=traffic_class)
 
 
 def tickets(works: list[Work]) -> list[int]:
@@ -33,7 +32,7 @@ def test_it_holds_what_a_plain_list_would_in_the_order_of_deadlines(steps: list[
     queue, plain = Queue([1.0, 2.0, 1.0]), list[Work]()
     for ticket, (step, number, traffic_class) in enumerate(steps):
         if step == "add":
-            plain.append(work(ticket, due=number, traffic_class=traffic_class, rows=ticket))
+            plain.append(work(ticket, due=number, traffic_class=traffic_class, rows=ticket + 4))
             queue.add(plain[-1])
         elif step == "remove" and plain:
             gone = plain.pop(number % len(plain))

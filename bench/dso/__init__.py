@@ -1,0 +1,1 @@
+"""The dispatcher under load: in process, and simulated."""

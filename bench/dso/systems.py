@@ -1,0 +1,160 @@
+"""Ways to serve one model: implicit shapes, one padded bucket, the paper's policy, ours."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from bench.artifacts import untrained
+from bench.dso.traffic import Mix
+from flame_jax.config import Config
+from flame_jax.dso.calibrate import calibrate
+from flame_jax.dso.dispatcher import Dispatcher
+from flame_jax.dso.executor import Executor
+from flame_jax.dso.start import make_scheduler
+from flame_jax.dso.work import Done
+from flame_jax.fke.artifact import Artifact
+from flame_jax.fke.build import Builder, build
+from flame_jax.fke.engine import Engine
+from flame_jax.models.serving import rank_function, served_slot
+from flame_jax.packing import Bucket, Extent
+from flame_jax.pallas_kernels.kernels import REFERENCE
+from flame_jax.pda.page_lock import Memory, PageLock
+from flame_jax.record import BlockEvents, RecordLayout
+
+DEPTH = 2
+"""Batches that may be on a lane."""
+
+
+def engine_of(config: Config, buckets: Sequence[tuple[int, int]], device: jax.Device) -> Engine:
+    """An untrained model, compiled for these buckets, loaded and warm."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = str(Path(scratch) / "artifact")
+        export = replace(config.export, artifact=path, buckets=tuple(buckets), platform="", device_kind="")
+        config = replace(config, export=export)
+        build(config, untrained(config), Builder(device, progress=False))
+        engine = Engine(Artifact(Path(path)), device)
+    engine.warm()
+    return engine
+
+
+class Implicit:
+    """In an engine's place: `jax.jit` of the model, for the exact shape of each request, compiled beforehand."""
+
+    def __init__(self, config: Config, mix: Mix, engine: Engine) -> None:
+        layout, manifest = config.layout, engine.manifest
+        sizes = {layout.aligned_extent(shape) for shape in mix.shapes}
+        self.buckets = tuple(sorted({Bucket(sum(size), size.candidates) for size in sizes}))
+        self.slots = {b: served_slot(config.model, config.schema, layout, b) for b in self.buckets}
+        chosen: dict[str, Any] = dict(manifest.kernels)
+        kernels = REFERENCE._replace(**chosen)
+        items = engine.vocabularies.items.rows
+        self._weights = engine.weights
+        self._rank = {}
+        with jax.default_matmul_precision(config.export.matmul_precision):
+            for bucket, slot in self.slots.items():
+                rank = jax.jit(rank_function(config.model, config.schema, layout, slot, items, kernels))
+                rank(self._weights, np.zeros(slot.words, np.int32)).block_until_ready()
+                self._rank[bucket] = rank
+
+    def launch(self, bucket: Bucket, words: np.ndarray, hot: Any = None) -> jax.Array:
+        """See `Engine.launch`."""
+        scores: jax.Array = self._rank[bucket](self._weights, words)
+        return scores
+
+
+class System:
+    """A model behind a dispatcher, in process.
+
+    Args:
+        lanes: per lane, what runs on it and the device whose memory its slots are copied to.
+        page_locked: slots are, where the device copies them.
+        measured: see `CostModel`.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        lanes: Sequence[tuple[Any, jax.Device]],
+        measured: Mapping[Bucket, Sequence[float]],
+        *,
+        page_locked: bool,
+    ) -> None:
+        self.records, self.lanes, ladder = RecordLayout(config.schema), len(lanes), tuple(sorted(measured))
+        self.scheduler = make_scheduler(
+            config.dispatch, config.layout, measured, shares=[1.0], lanes=len(lanes), tasks=len(config.schema.tasks)
+        )
+        self.answered: Callable[[list[Done]], None] = lambda done: None
+        executors = []
+        for runs, device in lanes:
+            lock = PageLock(device)
+            if not page_locked and lock.memory is Memory.PAGE_LOCKED:
+                lock.memory = Memory.PAGEABLE
+            every = [bucket for bucket in ladder for _ in range(config.dispatch.executors)]
+            executors.append([Executor(runs, bucket, self.records, config.layout, lock) for bucket in every])
+        self.dispatcher = Dispatcher(
+            executors, self.scheduler, self.records, on_done=lambda done: self.answered(done), on_fatal=_fatal
+        )
+
+    def books(self) -> dict[str, float]:
+        """Totals of the scheduler, and the processor time of the dispatcher's threads."""
+        return vars(self.scheduler.totals) | {"thread_seconds": self.dispatcher.thread_seconds}
+
+    def stop(self) -> None:
+        """End its threads."""
+        assert self.dispatcher.stop(30.0), "a batch hangs"
+
+
+def _fatal() -> None:
+    raise RuntimeError("the dispatcher died")
+
+
+def implicit(config: Config, mix: Mix, engine: Engine) -> System:
+    """Row (a): one `jax.jit` call per request, in its own shape; two in flight."""
+    runs = Implicit(config, mix, engine)
+    alone = {bucket: [1e-3] for bucket in runs.buckets}
+    return System(_dispatch(config, policy="descending"), [(runs, engine.device)], alone, page_locked=False)
+
+
+def padded(config: Config, engine: Engine) -> System:
+    """Row (b): every request in the one bucket of `engine`."""
+    return System(
+        _dispatch(config, policy="descending"), [(engine, engine.device)], calibrate([engine]), page_locked=True
+    )
+
+
+def batching(config: Config, engines: Sequence[Engine], policy: str) -> System:
+    """Rows (c) and (d): buckets of a ladder, as many lanes as engines."""
+    lanes = [(engine, engine.device) for engine in engines]
+    return System(_dispatch(config, policy=policy), lanes, calibrate(engines), page_locked=True)
+
+
+def _dispatch(config: Config, **changes: Any) -> Config:
+    """Nobody is refused: open loops measure how long requests wait."""
+    unlimited: dict[str, Any] = {"max_queue": 1_000_000, "target_wait_ms": 3_600_000.0, "executors": DEPTH}
+    return replace(config, dispatch=replace(config.dispatch, **unlimited, **changes))
+
+
+def random_record(records: RecordLayout, extent: Extent, items: int, random: np.random.Generator) -> np.ndarray:
+    """A request of this size with random events; its schema has no features that travel."""
+    now = 2_000_000_000
+
+    def block() -> BlockEvents:
+        n = extent.history
+        times = np.sort(random.integers(now - 10**7, now, n)).astype(np.int32)
+        return BlockEvents(random.integers(1, items, n).astype(np.int32), np.zeros(n, np.int32), times)
+
+    return records.encode(
+        scenario=0,
+        request_time=now,
+        request_words=np.zeros(0, np.int32),
+        blocks=[block() for _ in range(records.blocks)],
+        candidates=random.integers(1, items, extent.candidates).astype(np.int32),
+        item_columns=[],
+    )
