@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 from flame_jax.dso.backlog import Backlog
-from flame_jax.dso.plans import Lanes, Plan, Planner
+from flame_jax.dso.plans import Lanes, Plan, Planner, cheapest
 from flame_jax.dso.policy import Costs, Launch, State, Wait
 from flame_jax.fke.buckets import Ladder
 from flame_jax.packing import Layout
@@ -72,17 +74,18 @@ class DeadlineCost:
         if state.idle > 1 or others or plan.rest or plan.late or alone or not state.arrivals:
             return state.now
         history, candidates = backlog.mean
-        now = planner.price(load.tokens, load.candidates)
-        own = planner.price(history + candidates, candidates)
-        both = planner.price(load.tokens + history + candidates, load.candidates + candidates)
-        if now is None or own is None or both is None or load.requests == self._layout.max_requests:
+        prices = planner.prices(1)
+        now, _ = cheapest(prices, load.tokens, load.candidates)
+        own, _ = cheapest(prices, history + candidates, candidates)
+        both, _ = cheapest(prices, load.tokens + history + candidates, load.candidates + candidates)
+        if load.requests == self._layout.max_requests or both == math.inf:
             return state.now
         # One more comes after `gap`. Launch now: it waits until a lane is free, then takes a batch of its own. Wait
         # for it: all that wait lose the gap and what the batch grows by, and it shares their batch.
         gap = 1 / state.arrivals
-        apart = max(0.0, now[0] / (state.busy + 1) - gap) + own[0]
-        together = load.requests * (gap + both[0] - now[0]) + both[0]
+        apart = max(0.0, now / (state.busy + 1) - gap) + own
+        together = load.requests * (gap + both - now) + both
         if together >= apart:
             return state.now
         oldest = min(request.since for request in state.waiting)
-        return min(oldest + self._max_wait, state.now + min(backlog.due) - self._lead - both[0])
+        return min(oldest + self._max_wait, state.now + min(backlog.due) - self._lead - both)

@@ -16,6 +16,10 @@ FEW = 6
 """So many waiting requests are worth laying out to the last; of more, what comes later is taken to flow evenly."""
 
 
+Prices = list[tuple[float, Bucket]]
+"""Seconds of each bucket, the cheapest first."""
+
+
 class Lanes(NamedTuple):
     """What a launch finds.
 
@@ -58,22 +62,15 @@ class Planner:
     def __init__(self, backlog: Backlog, ladder: Ladder, costs: Costs, lanes: Lanes) -> None:
         self._backlog, self._ladder, self._costs, self._lanes = backlog, ladder, costs, lanes
         self._earliest = min(backlog.due)
-        self._prices: dict[int, list[tuple[float, Bucket]]] = {}
+        self._prices: dict[int, Prices] = {}
 
-    def prices(self, launched: int) -> list[tuple[float, Bucket]]:
-        """Seconds of each bucket with so many launched at once, the cheapest first."""
+    def prices(self, launched: int) -> Prices:
+        """What buckets cost with so many launched at once."""
         prices = self._prices.get(launched)
         if prices is None:
             busy, seconds = self._lanes.busy + launched, self._costs.seconds
             prices = self._prices[launched] = sorted((seconds(bucket, busy), bucket) for bucket in self._ladder)
         return prices
-
-    def price(self, tokens: int, candidates: int, launched: int = 1) -> tuple[float, Bucket] | None:
-        """Seconds and bucket of the cheapest that holds so many rows; None if none does."""
-        for price in self.prices(launched):
-            if price[1][0] >= tokens and price[1][1] >= candidates:
-                return price
-        return None
 
     def best(self) -> Plan:
         """Fewest late, then least cost, then the first considered: the smallest bucket."""
@@ -90,29 +87,32 @@ class Planner:
     def _put_off_hopeless(self) -> None:
         """Move those behind that would be late even by themselves."""
         backlog = self._backlog
+        if self._earliest >= self._lanes.start + self.prices(1)[-1][0] and backlog.holds_all:
+            return
         timely: list[Item] = []
         hopeless: list[Item] = []
+        prices, start = self.prices(1), self._lanes.start
         for item in backlog.items:
-            left = backlog.due[item.position] - self._lanes.start
-            whole = self.price(item.history + item.candidates, item.candidates)
-            possible = (whole is not None and whole[0] <= left) or self._soonest(item) <= left
+            position, history, rows = item
+            left = backlog.due[position] - start
+            possible = cheapest(prices, history + rows, rows)[0] <= left or self._soonest(history, rows) <= left
             (timely if possible else hopeless).append(item)
         if hopeless:
             backlog.items = timely + hopeless
 
-    def _soonest(self, item: Item) -> float:
+    def _soonest(self, history: int, rows: int) -> float:
         """Seconds of a request that has all free lanes for itself, in pieces of equal size and a last one."""
         soonest = math.inf
-        _, history, rows = item
         for tokens, candidates in self._ladder:
             room = min(candidates, tokens - history)
             if room <= 0:
                 continue
             full, rest = divmod(rows, room)
             width = min(self._lanes.free, full + (rest > 0))
-            seconds = -(-full // width) * _known(self.price(history + room, room, width))[0]
+            prices = self.prices(width)
+            seconds = -(-full // width) * cheapest(prices, history + room, room)[0] if full else 0.0
             if rest and full % width == 0:
-                seconds += _known(self.price(history + rest, rest, width))[0]
+                seconds += cheapest(prices, history + rest, rest)[0]
             soonest = min(soonest, seconds)
         return soonest
 
@@ -137,17 +137,18 @@ class Planner:
 
     def _rate(self, loads: list[Load]) -> float:
         """Useful rows per second of a lane."""
-        seconds = [_known(self.price(load.tokens, load.candidates, self._lanes.free))[0] for load in loads]
+        prices = self.prices(self._lanes.free)
+        seconds = [cheapest(prices, load.tokens, load.candidates)[0] for load in loads]
         return sum([load.work for load in loads]) / sum(seconds)
 
     def _play(self, now: list[Load], later: list[Load], behind: list[Item]) -> Plan:
         """Run batches on as many lanes as are launched now, each on the one that is free first."""
         due, earliest, width = self._backlog.due, self._earliest, len(now)
-        free = [self._lanes.start] * width
+        prices, free = self.prices(width), [self._lanes.start] * width
         launch: list[tuple[Load, Bucket]] = []
         late, total, split, spent = 0, 0.0, 0.0, 0.0
         for load in now + later:
-            seconds, bucket = _known(self.price(load.tokens, load.candidates, width))
+            seconds, bucket = cheapest(prices, load.tokens, load.candidates)
             if len(launch) < width:
                 launch.append((load, bucket))
             else:
@@ -180,9 +181,12 @@ class Planner:
         return Plan(late, total, launch, bool(later))
 
 
-def _known(price: tuple[float, Bucket] | None) -> tuple[float, Bucket]:
-    assert price is not None, "a load fits a bucket"
-    return price
+def cheapest(prices: Prices, tokens: int, candidates: int) -> tuple[float, Bucket]:
+    """Seconds and bucket of the cheapest that holds so many rows; infinite if none does."""
+    for price in prices:
+        if price[1][0] >= tokens and price[1][1] >= candidates:
+            return price
+    return math.inf, prices[-1][1]
 
 
 def _rank(plan: Plan) -> tuple[int, float]:
