@@ -63,15 +63,15 @@ class DeadlineCost:
         _, bucket = min(planner.prices(1), key=lambda price: price[0] / price[1].tokens)
         (load,), rest = backlog.pack(backlog.items, self._ladder.index(bucket), 1)
         full = load.tokens == bucket.tokens or load.candidates == bucket.candidates
-        if rest or full or load.requests == self._layout.max_requests:
+        if rest or full or load.requests == self._layout.max_requests or len(state.waiting) > LOOK:
             return state.now
         return state.next_idle - self._lead
 
     def _for_company(self, state: State, backlog: Backlog, planner: Planner, plan: Plan) -> float:
         """Until when the last idle lane is kept for one more request than wait."""
         (load, _), *others = plan.loads
-        alone = state.waiting[load.head].alone
-        if state.idle > 1 or others or plan.rest or plan.late or alone or not state.arrivals:
+        more = others or plan.rest or len(state.waiting) > LOOK
+        if state.idle > 1 or more or plan.late or state.waiting[load.head].alone or not state.arrivals:
             return state.now
         history, candidates = backlog.mean
         prices = planner.prices(1)

@@ -12,7 +12,7 @@ from flame_jax.dso.policy import Costs
 from flame_jax.fke.buckets import Ladder
 from flame_jax.packing import Bucket
 
-FEW = 6
+FEW = 4
 """So many waiting requests are worth laying out to the last; of more, what comes later is taken to flow evenly."""
 
 
@@ -41,12 +41,14 @@ class Plan(NamedTuple):
 
     Attributes:
         late: requests whose answers come past their due time.
+        included: those of them that the launch finishes.
         cost: seconds that requests spend from now on, those that wait and those to come, summed.
         loads: what is launched now, and the buckets.
         rest: whether something waits for another launch.
     """
 
     late: int
+    included: int
     cost: float
     loads: list[tuple[Load, Bucket]]
     rest: bool
@@ -73,7 +75,7 @@ class Planner:
         return prices
 
     def best(self) -> Plan:
-        """Fewest late, then least cost, then the first considered: the smallest bucket."""
+        """Fewest late, fewest of them in the launch, least cost, then the first considered: the smallest bucket."""
         self._put_off_hopeless()
         best = min(self._in_order(), key=_rank)
         items, free = len(self._backlog.items), self._lanes.free
@@ -119,7 +121,7 @@ class Planner:
     def _in_order(self) -> Iterator[Plan]:
         """For each bucket: a launch of batches no larger; what is left then in batches of the best rate.
 
-        When few wait, also what is left in batches no larger, or in the largest.
+        When few wait, also what is left in batches no larger.
         """
         backlog, free = self._backlog, self._lanes.free
         launches: list[tuple[int, list[Load], list[Item]]] = []
@@ -132,7 +134,7 @@ class Planner:
         few = len(backlog.items) <= FEW
         fastest = max(launches, key=lambda launch: self._rate(launch[1]))[0]
         for cap, now, rest in launches:
-            for tail in {fastest, cap, len(self._ladder) - 1} if few and rest else (fastest,):
+            for tail in {fastest, cap} if few and rest else (fastest,):
                 yield self._play(now, *backlog.pack(rest, tail, 2 * FEW if few else 1))
 
     def _rate(self, loads: list[Load]) -> float:
@@ -146,7 +148,7 @@ class Planner:
         due, earliest, width = self._backlog.due, self._earliest, len(now)
         prices, free = self.prices(width), [self._lanes.start] * width
         launch: list[tuple[Load, Bucket]] = []
-        late, total, split, spent = 0, 0.0, 0.0, 0.0
+        late, included, total, split, spent = 0, 0, 0.0, 0.0, 0.0
         for load in now + later:
             seconds, bucket = cheapest(prices, load.tokens, load.candidates)
             if len(launch) < width:
@@ -164,6 +166,8 @@ class Planner:
                 split = 0.0
             if end > earliest:
                 late += sum([due[position] < end for position in load.joined])
+            if not spent:
+                included = late
         first = min(free)
         if behind:
             # What is left flows at the rate of what was laid out for later.
@@ -176,9 +180,9 @@ class Planner:
                 step = (first - mean) / len(behind)
                 late += sum([due[item[0]] < mean + n * step for n, item in enumerate(behind, 1)])
         if width == self._lanes.free:
-            # Who comes while no lane is free waits half of that time, on average.
-            total += self._lanes.arrivals * first * first / 2
-        return Plan(late, total, launch, bool(later))
+            # Who comes while no lane is free waits half of that time, less if another lane is free before.
+            total += self._lanes.arrivals * first * first / (2 + 2 * self._lanes.busy)
+        return Plan(late, included, total, launch, bool(later))
 
 
 def cheapest(prices: Prices, tokens: int, candidates: int) -> tuple[float, Bucket]:
@@ -189,5 +193,6 @@ def cheapest(prices: Prices, tokens: int, candidates: int) -> tuple[float, Bucke
     return math.inf, prices[-1][1]
 
 
-def _rank(plan: Plan) -> tuple[int, float]:
-    return plan.late, plan.cost
+def _rank(plan: Plan) -> tuple[int, int, float]:
+    # Of two that are late behind the launch, one may be dropped and the other be in time after all.
+    return plan.late, plan.included, plan.cost

@@ -7,6 +7,7 @@ are there at time 0, places are idle lanes, and a request whose due time passes 
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -197,3 +198,26 @@ def _fullest(case: Case, left: tuple[int, ...]) -> Iterator[tuple[Bucket, tuple[
 def _fit(case: Case, counts: tuple[int, ...], bucket: Bucket) -> bool:
     extents = [Extent(request.history, n) for request, n in zip(case.requests, counts, strict=True) if n]
     return fits(extents, bucket, LAYOUT)
+
+
+LADDERS = (
+    (Bucket(4, 2), Bucket(8, 4)),
+    (Bucket(3, 2), Bucket(6, 4), Bucket(10, 6)),
+    (Bucket(2, 1), Bucket(4, 2), Bucket(8, 4)),
+)
+# Seconds of so many tokens: mostly a fixed part, some of each, no fixed part.
+PRICES = (lambda tokens: 3 + tokens / 4, lambda tokens: 1 + tokens / 2, float)
+
+
+def cases(seed: int, count: int, *, dated: bool, equal: bool = False) -> Iterator[Case]:
+    """Drawn cases of one to four requests; with `equal` they are of one size, which every bucket holds."""
+    draw = random.Random(seed)
+    for _ in range(count):
+        ladder, price, factor = draw.choice(LADDERS), draw.choice(PRICES), draw.choice((1.0, 1.3, 1.6))
+        costs = Table({bucket: price(bucket.tokens) for bucket in ladder}, (1.0, factor))
+        sizes = [(draw.randint(0, 3), draw.randint(1, 4)) for _ in range(draw.randint(1, 4))]
+        if equal:
+            sizes = [(draw.randint(0, 1), 1)] * len(sizes)
+        due = sorted(float(draw.randint(2, 20)) if dated else math.inf for _ in sizes)
+        requests = tuple(Request(*size, time) for size, time in zip(sizes, due, strict=True))
+        yield Case(requests, ladder, costs, draw.choice((1, 2)))
