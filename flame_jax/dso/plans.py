@@ -40,7 +40,7 @@ class Plan(NamedTuple):
     """A launch and what comes of it.
 
     Attributes:
-        late: requests whose answers come past their due time.
+        late: requests that could be in time and are not.
         included: those of them that the launch finishes.
         cost: seconds that requests spend from now on, those that wait and those to come, summed.
         loads: what is launched now, and the buckets.
@@ -75,7 +75,7 @@ class Planner:
         return prices
 
     def best(self) -> Plan:
-        """Fewest late, fewest of them in the launch, least cost, then the first considered: the smallest bucket."""
+        """Fewest late, fewest of them in the launch, least cost, then the largest bucket."""
         self._put_off_hopeless()
         best = min(self._in_order(), key=_rank)
         items, free = len(self._backlog.items), self._lanes.free
@@ -87,7 +87,7 @@ class Planner:
         return best
 
     def _put_off_hopeless(self) -> None:
-        """Move those behind that would be late even by themselves."""
+        """Move those behind that would be late even by themselves; when they are done matters no longer."""
         backlog = self._backlog
         if self._earliest >= self._lanes.start + self.prices(1)[-1][0] and backlog.holds_all:
             return
@@ -101,6 +101,9 @@ class Planner:
             (timely if possible else hopeless).append(item)
         if hopeless:
             backlog.items = timely + hopeless
+            for position, _, _ in hopeless:
+                backlog.due[position] = math.inf
+            self._earliest = min(backlog.due)
 
     def _soonest(self, history: int, rows: int) -> float:
         """Seconds of a request that has all free lanes for itself, in pieces of equal size and a last one."""
@@ -133,7 +136,7 @@ class Planner:
                 break
         few = len(backlog.items) <= FEW
         fastest = max(launches, key=lambda launch: self._rate(launch[1]))[0]
-        for cap, now, rest in launches:
+        for cap, now, rest in reversed(launches):
             for tail in {fastest, cap} if few and rest else (fastest,):
                 yield self._play(now, *backlog.pack(rest, tail, 2 * FEW if few else 1))
 
