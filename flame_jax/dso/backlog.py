@@ -55,13 +55,13 @@ class Backlog:
         self._alone = {position for position, request in enumerate(waiting) if request.alone}
         up, down, room = layout.align - 1, -layout.align, ladder[-1].tokens
         extents = [request.extent for request in waiting]
-        self._rows = [candidates + up & down for _, candidates in extents]
+        self._rows = [(candidates + up) & down for _, candidates in extents]
         self.due = [request.due - now for request in waiting]
         self.work = [history + candidates for history, candidates in extents]
         self.items: list[Item] = [
-            (position, history + up & down, self._rows[position])
+            (position, (history + up) & down, self._rows[position])
             for position, (history, _) in enumerate(extents)
-            if history + up & down < room
+            if (history + up) & down < room
         ]
         if not self.items or self.items[0][0]:
             raise no_room(extents[0].history, ladder[-1])

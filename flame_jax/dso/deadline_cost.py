@@ -10,7 +10,7 @@ from flame_jax.dso.policy import Costs, Launch, State, Wait
 from flame_jax.fke.buckets import Ladder
 from flame_jax.packing import Layout
 
-LOOK = 64
+LOOK = 48
 """Waiting requests looked at; those behind hardly change what is best for the first."""
 
 
