@@ -52,34 +52,35 @@ class Backlog:
 
     def __init__(self, waiting: Sequence[Waiting], now: float, ladder: Ladder, layout: Layout) -> None:
         self._waiting, self._ladder, self._layout = waiting, ladder, layout
-        self._alone: set[int] = set()
-        self._rows: list[int] = []
-        self.items: list[Item] = []
-        self.due: list[float] = []
-        self.work: list[int] = []
+        self._alone = {position for position, request in enumerate(waiting) if request.alone}
         up, down, room = layout.align - 1, -layout.align, ladder[-1].tokens
-        least_tokens = least_candidates = room
-        for position, ((history, candidates), _, due, alone) in enumerate(waiting):
-            self.due.append(due - now)
-            self.work.append(history + candidates)
-            history, rows = history + up & down, candidates + up & down
-            self._rows.append(rows)
-            if alone:
-                self._alone.add(position)
-            if history < room:
-                self.items.append(Item(position, history, rows))
-                least_candidates = min(least_candidates, rows)
-                least_tokens = min(least_tokens, history + rows)
-        if not self.items or self.items[0].position:
-            raise no_room(waiting[0].extent.history, ladder[-1])
-        self._least = Room(least_tokens, least_candidates, 1)
+        extents = [request.extent for request in waiting]
+        self._rows = [(candidates + up) & down for _, candidates in extents]
+        self.due = [request.due - now for request in waiting]
+        self.work = [history + candidates for history, candidates in extents]
+        self.items: list[Item] = [
+            (position, (history + up) & down, self._rows[position])
+            for position, (history, _) in enumerate(extents)
+            if (history + up) & down < room
+        ]
+        if not self.items or self.items[0][0]:
+            raise no_room(extents[0].history, ladder[-1])
+        self._least = Room(min([history + rows for _, history, rows in self.items]), min(self._rows), 1)
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether the largest bucket holds each of them whole."""
+        tokens, candidates = self._ladder[-1]
+        return max([rows for _, _, rows in self.items]) <= candidates and (
+            max([history + rows for _, history, rows in self.items]) <= tokens
+        )
 
     @property
     def mean(self) -> Extent:
         """Aligned rows of a request like those that wait."""
         count, layout = len(self.items), self._layout
-        history = sum(item.history for item in self.items) // count
-        return layout.aligned_extent(Extent(history, sum(item.candidates for item in self.items) // count))
+        history = sum(history for _, history, _ in self.items) // count
+        return layout.aligned_extent(Extent(history, sum(rows for _, _, rows in self.items) // count))
 
     def pack(self, items: list[Item], cap: int, most: int) -> tuple[list[Load], list[Item]]:
         """Fill batches one after the other, each greedily and in order.
@@ -108,9 +109,10 @@ class Backlog:
             useful = self.work[head] * taken / self._rows[head]
             if joined:
                 useful += sum([self.work[position] for position in joined])
-                rest = [item for item in rest if item[0] not in joined]
+                gone = set(joined)
+                rest = [item for item in rest if item[0] not in gone]
             loads.append(Load(head, taken, taken == rows, joined, tokens, candidates, useful))
-            items = rest if taken == rows else [Item(head, history, rows - taken), *rest]
+            items = rest if taken == rows else [(head, history, rows - taken), *rest]
         return loads, items
 
     def spread(self, count: int) -> list[Load] | None:
@@ -119,19 +121,20 @@ class Backlog:
             return None
         groups: list[list[int]] = [[] for _ in range(count)]
         tokens = [0] * count
-        for index, item in sorted(enumerate(self.items), key=lambda pair: -pair[1].history - pair[1].candidates):
+        for index, (_, history, rows) in sorted(enumerate(self.items), key=lambda pair: -pair[1][1] - pair[1][2]):
             least = tokens.index(min(tokens))
             groups[least].append(index)
-            tokens[least] += item.history + item.candidates
+            tokens[least] += history + rows
         loads = []
         for group in sorted(sorted(group) for group in groups):
-            positions = [self.items[index].position for index in group]
-            candidates = sum(self.items[index].candidates for index in group)
-            rows = candidates + sum(self.items[index].history for index in group)
-            if not self._fits(rows, candidates, len(group)):
+            (head, _, rows), *others = [self.items[index] for index in group]
+            candidates = rows + sum(item[2] for item in others)
+            used = candidates + sum(self.items[index][1] for index in group)
+            if not self._fits(used, candidates, len(group)):
                 return None
-            head, useful = self.items[group[0]], sum(self.work[position] for position in positions)
-            loads.append(Load(head.position, head.candidates, True, positions[1:], rows, candidates, useful))
+            joined = [item[0] for item in others]
+            useful = self.work[head] + sum(self.work[position] for position in joined)
+            loads.append(Load(head, rows, True, joined, used, candidates, useful))
         return loads
 
     def _fits(self, tokens: int, candidates: int, requests: int) -> bool:

@@ -26,12 +26,8 @@ class Batch(NamedTuple):
     shares: tuple[Share, ...]
 
 
-class Item(NamedTuple):
-    """A waiting request in aligned rows."""
-
-    position: int
-    history: int
-    candidates: int
+Item = tuple[int, int, int]
+"""A waiting request: its position, and its aligned rows of history and of candidates."""
 
 
 class Room(NamedTuple):
@@ -86,7 +82,7 @@ def next_batch(waiting: Sequence[Extent], ladder: Ladder, layout: Layout) -> Bat
     history, candidates = layout.aligned_extent(Extent(first.history, taken))
     room = Room(largest.tokens - history - candidates, largest.candidates - candidates, layout.max_requests - 1)
     joined, room = join(
-        (Item(position, *layout.aligned_extent(waiting[position])) for position in range(1, min(len(waiting), SCAN))),
+        ((position, *layout.aligned_extent(waiting[position])) for position in range(1, min(len(waiting), SCAN))),
         room,
     )
     tokens, candidates = largest.tokens - room.tokens, largest.candidates - room.candidates

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 from flame_jax.dso.backlog import Backlog
-from flame_jax.dso.plans import Lanes, Plan, Planner
+from flame_jax.dso.plans import Lanes, Plan, Planner, cheapest
 from flame_jax.dso.policy import Costs, Launch, State, Wait
 from flame_jax.fke.buckets import Ladder
 from flame_jax.packing import Layout
 
-LOOK = 64
+LOOK = 48
 """Waiting requests looked at; those behind hardly change what is best for the first."""
 
 
@@ -61,28 +63,29 @@ class DeadlineCost:
         _, bucket = min(planner.prices(1), key=lambda price: price[0] / price[1].tokens)
         (load,), rest = backlog.pack(backlog.items, self._ladder.index(bucket), 1)
         full = load.tokens == bucket.tokens or load.candidates == bucket.candidates
-        if rest or full or load.requests == self._layout.max_requests:
+        if rest or full or load.requests == self._layout.max_requests or len(state.waiting) > LOOK:
             return state.now
         return state.next_idle - self._lead
 
     def _for_company(self, state: State, backlog: Backlog, planner: Planner, plan: Plan) -> float:
         """Until when the last idle lane is kept for one more request than wait."""
         (load, _), *others = plan.loads
-        alone = state.waiting[load.head].alone
-        if state.idle > 1 or others or plan.rest or plan.late or alone or not state.arrivals:
+        more = others or plan.rest or len(state.waiting) > LOOK
+        if state.idle > 1 or more or plan.late or state.waiting[load.head].alone or not state.arrivals:
             return state.now
         history, candidates = backlog.mean
-        now = planner.price(load.tokens, load.candidates)
-        own = planner.price(history + candidates, candidates)
-        both = planner.price(load.tokens + history + candidates, load.candidates + candidates)
-        if now is None or own is None or both is None or load.requests == self._layout.max_requests:
+        prices = planner.prices(1)
+        now, _ = cheapest(prices, load.tokens, load.candidates)
+        own, _ = cheapest(prices, history + candidates, candidates)
+        both, _ = cheapest(prices, load.tokens + history + candidates, load.candidates + candidates)
+        if load.requests == self._layout.max_requests or both == math.inf:
             return state.now
         # One more comes after `gap`. Launch now: it waits until a lane is free, then takes a batch of its own. Wait
         # for it: all that wait lose the gap and what the batch grows by, and it shares their batch.
         gap = 1 / state.arrivals
-        apart = max(0.0, now[0] / (state.busy + 1) - gap) + own[0]
-        together = load.requests * (gap + both[0] - now[0]) + both[0]
+        apart = max(0.0, now / (state.busy + 1) - gap) + own
+        together = load.requests * (gap + both - now) + both
         if together >= apart:
             return state.now
         oldest = min(request.since for request in state.waiting)
-        return min(oldest + self._max_wait, state.now + min(backlog.due) - self._lead - both[0])
+        return min(oldest + self._max_wait, state.now + min(backlog.due) - self._lead - both)

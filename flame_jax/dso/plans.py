@@ -12,8 +12,12 @@ from flame_jax.dso.policy import Costs
 from flame_jax.fke.buckets import Ladder
 from flame_jax.packing import Bucket
 
-FEW = 6
+FEW = 4
 """So many waiting requests are worth laying out to the last; of more, what comes later is taken to flow evenly."""
+
+
+Prices = list[tuple[float, Bucket]]
+"""Seconds of each bucket, the cheapest first."""
 
 
 class Lanes(NamedTuple):
@@ -36,13 +40,15 @@ class Plan(NamedTuple):
     """A launch and what comes of it.
 
     Attributes:
-        late: requests whose answers come past their due time.
+        late: requests that could be in time and are not.
+        included: those of them that the launch finishes.
         cost: seconds that requests spend from now on, those that wait and those to come, summed.
         loads: what is launched now, and the buckets.
         rest: whether something waits for another launch.
     """
 
     late: int
+    included: int
     cost: float
     loads: list[tuple[Load, Bucket]]
     rest: bool
@@ -58,25 +64,18 @@ class Planner:
     def __init__(self, backlog: Backlog, ladder: Ladder, costs: Costs, lanes: Lanes) -> None:
         self._backlog, self._ladder, self._costs, self._lanes = backlog, ladder, costs, lanes
         self._earliest = min(backlog.due)
-        self._prices: dict[int, list[tuple[float, Bucket]]] = {}
+        self._prices: dict[int, Prices] = {}
 
-    def prices(self, launched: int) -> list[tuple[float, Bucket]]:
-        """Seconds of each bucket with so many launched at once, the cheapest first."""
+    def prices(self, launched: int) -> Prices:
+        """What buckets cost with so many launched at once."""
         prices = self._prices.get(launched)
         if prices is None:
             busy, seconds = self._lanes.busy + launched, self._costs.seconds
             prices = self._prices[launched] = sorted((seconds(bucket, busy), bucket) for bucket in self._ladder)
         return prices
 
-    def price(self, tokens: int, candidates: int, launched: int = 1) -> tuple[float, Bucket] | None:
-        """Seconds and bucket of the cheapest that holds so many rows; None if none does."""
-        for price in self.prices(launched):
-            if price[1][0] >= tokens and price[1][1] >= candidates:
-                return price
-        return None
-
     def best(self) -> Plan:
-        """Fewest late, then least cost, then the first considered: the smallest bucket."""
+        """Fewest late, fewest of them in the launch, least cost, then the largest bucket."""
         self._put_off_hopeless()
         best = min(self._in_order(), key=_rank)
         items, free = len(self._backlog.items), self._lanes.free
@@ -88,38 +87,44 @@ class Planner:
         return best
 
     def _put_off_hopeless(self) -> None:
-        """Move those behind that would be late even by themselves."""
+        """Move those behind that would be late even by themselves; when they are done matters no longer."""
         backlog = self._backlog
+        if self._earliest >= self._lanes.start + self.prices(1)[-1][0] and backlog.holds_all:
+            return
         timely: list[Item] = []
         hopeless: list[Item] = []
+        prices, start = self.prices(1), self._lanes.start
         for item in backlog.items:
-            left = backlog.due[item.position] - self._lanes.start
-            whole = self.price(item.history + item.candidates, item.candidates)
-            possible = (whole is not None and whole[0] <= left) or self._soonest(item) <= left
+            position, history, rows = item
+            left = backlog.due[position] - start
+            possible = cheapest(prices, history + rows, rows)[0] <= left or self._soonest(history, rows) <= left
             (timely if possible else hopeless).append(item)
         if hopeless:
             backlog.items = timely + hopeless
+            for position, _, _ in hopeless:
+                backlog.due[position] = math.inf
+            self._earliest = min(backlog.due)
 
-    def _soonest(self, item: Item) -> float:
+    def _soonest(self, history: int, rows: int) -> float:
         """Seconds of a request that has all free lanes for itself, in pieces of equal size and a last one."""
         soonest = math.inf
-        _, history, rows = item
         for tokens, candidates in self._ladder:
             room = min(candidates, tokens - history)
             if room <= 0:
                 continue
             full, rest = divmod(rows, room)
             width = min(self._lanes.free, full + (rest > 0))
-            seconds = -(-full // width) * _known(self.price(history + room, room, width))[0]
+            prices = self.prices(width)
+            seconds = -(-full // width) * cheapest(prices, history + room, room)[0] if full else 0.0
             if rest and full % width == 0:
-                seconds += _known(self.price(history + rest, rest, width))[0]
+                seconds += cheapest(prices, history + rest, rest)[0]
             soonest = min(soonest, seconds)
         return soonest
 
     def _in_order(self) -> Iterator[Plan]:
         """For each bucket: a launch of batches no larger; what is left then in batches of the best rate.
 
-        When few wait, also what is left in batches no larger, or in the largest.
+        When few wait, also what is left in batches no larger.
         """
         backlog, free = self._backlog, self._lanes.free
         launches: list[tuple[int, list[Load], list[Item]]] = []
@@ -131,23 +136,24 @@ class Planner:
                 break
         few = len(backlog.items) <= FEW
         fastest = max(launches, key=lambda launch: self._rate(launch[1]))[0]
-        for cap, now, rest in launches:
-            for tail in {fastest, cap, len(self._ladder) - 1} if few and rest else (fastest,):
+        for cap, now, rest in reversed(launches):
+            for tail in {fastest, cap} if few and rest else (fastest,):
                 yield self._play(now, *backlog.pack(rest, tail, 2 * FEW if few else 1))
 
     def _rate(self, loads: list[Load]) -> float:
         """Useful rows per second of a lane."""
-        seconds = [_known(self.price(load.tokens, load.candidates, self._lanes.free))[0] for load in loads]
+        prices = self.prices(self._lanes.free)
+        seconds = [cheapest(prices, load.tokens, load.candidates)[0] for load in loads]
         return sum([load.work for load in loads]) / sum(seconds)
 
     def _play(self, now: list[Load], later: list[Load], behind: list[Item]) -> Plan:
         """Run batches on as many lanes as are launched now, each on the one that is free first."""
         due, earliest, width = self._backlog.due, self._earliest, len(now)
-        free = [self._lanes.start] * width
+        prices, free = self.prices(width), [self._lanes.start] * width
         launch: list[tuple[Load, Bucket]] = []
-        late, total, split, spent = 0, 0.0, 0.0, 0.0
+        late, included, total, split, spent = 0, 0, 0.0, 0.0, 0.0
         for load in now + later:
-            seconds, bucket = _known(self.price(load.tokens, load.candidates, width))
+            seconds, bucket = cheapest(prices, load.tokens, load.candidates)
             if len(launch) < width:
                 launch.append((load, bucket))
             else:
@@ -163,6 +169,8 @@ class Planner:
                 split = 0.0
             if end > earliest:
                 late += sum([due[position] < end for position in load.joined])
+            if not spent:
+                included = late
         first = min(free)
         if behind:
             # What is left flows at the rate of what was laid out for later.
@@ -175,15 +183,19 @@ class Planner:
                 step = (first - mean) / len(behind)
                 late += sum([due[item[0]] < mean + n * step for n, item in enumerate(behind, 1)])
         if width == self._lanes.free:
-            # Who comes while no lane is free waits half of that time, on average.
-            total += self._lanes.arrivals * first * first / 2
-        return Plan(late, total, launch, bool(later))
+            # Who comes while no lane is free waits half of that time, less if another lane is free before.
+            total += self._lanes.arrivals * first * first / (2 + 2 * self._lanes.busy)
+        return Plan(late, included, total, launch, bool(later))
 
 
-def _known(price: tuple[float, Bucket] | None) -> tuple[float, Bucket]:
-    assert price is not None, "a load fits a bucket"
-    return price
+def cheapest(prices: Prices, tokens: int, candidates: int) -> tuple[float, Bucket]:
+    """Seconds and bucket of the cheapest that holds so many rows; infinite if none does."""
+    for price in prices:
+        if price[1][0] >= tokens and price[1][1] >= candidates:
+            return price
+    return math.inf, prices[-1][1]
 
 
-def _rank(plan: Plan) -> tuple[int, float]:
-    return plan.late, plan.cost
+def _rank(plan: Plan) -> tuple[int, int, float]:
+    # Of two that are late behind the launch, one may be dropped and the other be in time after all.
+    return plan.late, plan.included, plan.cost
