@@ -239,19 +239,27 @@ class DispatchConfig:
     """The dispatcher.
 
     Attributes:
-        executors: executors (slot + executable) per bucket, so batches in flight at most.
+        lanes: streams of each device, on which batches run beside each other; fewer where the log says why.
+        lane_memory: share of a GPU's memory that each of its lanes but the first may take (docs/dso.md).
+        devices: local devices that are used, the first ones.
+        executors: executors (slot + executable) per bucket and lane, so batches in flight at most.
         max_queue: requests waiting at most; one more is refused.
         row_threads: that copy rows of an item table in host memory to slots (model.item_table).
         hot_rows_seconds: between two choices of the rows that the device holds (model.hot_rows).
     """
 
+    lanes: int = 1
+    lane_memory: float = 0.05
+    devices: int = 1
     executors: int = 2
     max_queue: int = 1024
     row_threads: int = 4
     hot_rows_seconds: float = 60.0
 
     def __post_init__(self) -> None:
-        at_least(1, "dispatch", self, "executors", "max_queue", "row_threads")
+        at_least(1, "dispatch", self, "lanes", "devices", "executors", "max_queue", "row_threads")
+        if not 0 < self.lane_memory < 1:
+            raise ValueError(f"dispatch.lane_memory must lie in (0, 1), not {self.lane_memory}")
         some_seconds("dispatch", self, "hot_rows_seconds")
 
 

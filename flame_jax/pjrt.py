@@ -100,7 +100,9 @@ class Clients:
 
 def missing() -> list[str]:
     """Private names that further clients need and this version of JAX lacks."""
-    return [f"{module.__name__}.{name}" for module, names in _NAMES.items() for name in names if not hasattr(module, name)]
+    return [
+        f"{module.__name__}.{name}" for module, names in _NAMES.items() for name in names if not hasattr(module, name)
+    ]
 
 
 def _gpu_client(device: jax.Device, memory: float, number: int) -> Any:
@@ -175,7 +177,8 @@ def place(values: np.ndarray, devices: Sequence[jax.Device]) -> dict[jax.Device,
     for device in devices:
         holder = next((array for held, array in placed.items() if same_hardware(held, device)), None)
         placed[device] = jax.device_put(values, device) if holder is None else bring(holder, device)
-    jax.block_until_ready([*placed.values()])
+    for array in placed.values():
+        array.block_until_ready()
     return placed
 
 

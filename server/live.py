@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
 
@@ -14,6 +14,7 @@ import jax
 from flame_jax.config import Config
 from flame_jax.dso.dispatcher import Dispatcher, Done
 from flame_jax.dso.executor import Executor
+from flame_jax.dso.lanes import Lane, hand_over_hot_rows, make_lanes
 from flame_jax.fke.artifact import Artifact, ArtifactError
 from flame_jax.fke.engine import Engine
 from flame_jax.fke.repository import Version
@@ -68,10 +69,14 @@ class LiveModel:
     """A version that answers calls. Its counts belong to the event loop.
 
     Args:
+        lanes: one at least.
         identity: see `repository.Version`.
         on_fatal: called on the event loop when a thread of the dispatcher died: this version answers no more.
 
     Attributes:
+        lanes: how many there are.
+        engine: the first lane's.
+        golden_difference: the largest of all lanes, see `Engine`.
         in_flight: calls routed to it that have not ended.
         ok: calls answered since it got its role.
         failed: calls that ended by its own fault since then.
@@ -83,22 +88,24 @@ class LiveModel:
 
     def __init__(
         self,
-        engine: Engine,
+        lanes: Sequence[Lane],
         identity: str,
         config: Config,
         loop: asyncio.AbstractEventLoop,
         on_fatal: Callable[[LiveModel], None],
     ) -> None:
+        engine = lanes[0].engine
         manifest = engine.manifest
-        self.engine, self.manifest, self.identity = engine, manifest, identity
+        self.engine, self.manifest, self.identity, self.lanes = engine, manifest, identity, len(lanes)
+        self.golden_difference = max(lane.engine.golden_difference for lane in lanes)
         self.version, self.schema = manifest.version, manifest.schema
         self.in_flight = self.ok = self.failed = 0
         self.validator = Validator(manifest.schema, config.server)
         self._table = host_table(engine.item_table, config.dispatch.row_threads)
         self.assembler = Assembler(manifest.schema, engine.vocabularies, self._table)
-        self.page_lock = PageLock(engine.device)
-        first = engine.hand_over_hot_rows()
-        self.hot = HotRows(engine.item_table, first) if engine.item_table is not None and first is not None else None
+        self.page_locks = {lane.device: PageLock(lane.device) for lane in lanes}
+        first = hand_over_hot_rows(lanes)
+        self.hot = HotRows(engine.item_table, first) if engine.item_table is not None and first else None
         self.inbox = Inbox(loop)
         # Weakly: a freed version must not wait for the garbage collector to give its device memory back.
         this = weakref.ref(self)
@@ -109,9 +116,17 @@ class LiveModel:
 
         self.dispatcher = Dispatcher(
             [
-                Executor(engine, bucket, self.assembler.layout, manifest.layout, self.page_lock, self.hot)
+                Executor(
+                    lane.engine,
+                    bucket,
+                    self.assembler.layout,
+                    manifest.layout,
+                    self.page_locks[lane.device],
+                    self.hot,
+                )
                 for bucket in manifest.buckets
                 for _ in range(config.dispatch.executors)
+                for lane in lanes
             ],
             manifest.buckets,
             manifest.layout,
@@ -127,7 +142,8 @@ class LiveModel:
     @property
     def memory(self) -> dict[str, str]:
         """What slots are read from, and where scores are left."""
-        return {"slots": self.page_lock.memory, "scores": self.engine.scores_memory}
+        slots = sorted({lock.memory for lock in self.page_locks.values()})
+        return {"slots": ", ".join(slots), "scores": self.engine.scores_memory}
 
     def stop(self, seconds: float) -> bool:
         """End its threads; blocks. False when a batch still runs after this long: the device hangs."""
@@ -145,13 +161,14 @@ class Loader:
 
     Attributes:
         trusted: see `Artifact`.
+        devices: of JAX's own client; every version has lanes on all of them.
         on_fatal: see `LiveModel`.
     """
 
     config: Config
     store: Store
     trusted: TrustedKeys | None
-    device: jax.Device
+    devices: Sequence[jax.Device]
     loop: asyncio.AbstractEventLoop
     on_fatal: Callable[[LiveModel], None]
 
@@ -187,6 +204,6 @@ class Loader:
         if manifest.version != version.name:
             raise ArtifactError(f"artifact {artifact.path} is version {manifest.version!r}, not {version.name!r}")
         self.store.description.check(manifest.schema, self.store.name)
-        engine = Engine(artifact, self.device, beside=beside)
-        engine.warm()
-        return LiveModel(engine, version.identity, self.config, self.loop, self.on_fatal)
+        engine, dispatch = Engine(artifact, self.devices[0], beside=beside), self.config.dispatch
+        lanes = make_lanes(engine, dispatch.lanes, self.devices, memory=dispatch.lane_memory)
+        return LiveModel(lanes, version.identity, self.config, self.loop, self.on_fatal)

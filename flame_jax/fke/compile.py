@@ -196,7 +196,7 @@ def deserialize(payload: bytes, weights: int, device: jax.Device) -> jax.stages.
 
 
 def _assigned_to(device: jax.Device) -> Any:
-    """Options that move an executable to another device than the one it was built on; as JAX's compilation cache does."""
+    """Options that move an executable from device 0 to another one, as JAX's compilation cache does."""
     if device.id == 0:
         return None
     options = xla_client.CompileOptions()

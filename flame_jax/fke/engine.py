@@ -33,8 +33,8 @@ log = logging.getLogger(__name__)
 class Engine:
     """Runs the executables of one artifact on one device, as one client sees it: one lane.
 
-    What is of the version is shared with its twins on other lanes: manifest, vocabularies, golden set, item table. A lane
-    has executables of its own, and weights, which are shared too where it is the same hardware.
+    What is of the version is shared with its twins on other lanes: manifest, vocabularies, golden set, item table. A
+    lane has executables of its own, and weights, which are shared too where it is the same hardware.
 
     Args:
         beside: other engines serve meanwhile: load one executable at a time, and rest between golden batches for as
@@ -117,7 +117,9 @@ class Engine:
             taken = [(a.shape, a.dtype) for a in jax.tree.leaves(executable.in_avals)]
             given = [(spec.shape, spec.dtype) for spec in self._specs.values()]
             if taken != [*given, ((self.slots[bucket].words,), np.int32)]:
-                raise ArtifactError(f"artifact {self._path}: the executable of bucket {bucket} was built for other shapes")
+                raise ArtifactError(
+                    f"artifact {self._path}: the executable of bucket {bucket} was built for other shapes"
+                )
 
     def _executable(self, bucket: Bucket) -> jax.stages.Compiled:
         """The bucket's executable, the artifact's or one compiled here."""

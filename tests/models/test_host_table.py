@@ -16,6 +16,7 @@ import pytest
 
 from flame_jax.config import Config, DispatchConfig, ModelConfig
 from flame_jax.dso.executor import Executor
+from flame_jax.dso.lanes import Lane
 from flame_jax.export import main
 from flame_jax.fke.artifact import Artifact, ArtifactError
 from flame_jax.fke.engine import Engine
@@ -162,7 +163,7 @@ def test_an_executor_scores_the_same_while_other_rows_are_held(tmp_path: Path, m
 
     first = engines[1].hand_over_hot_rows()
     assert first is not None
-    hot, random, chosen = HotRows(table, first), np.random.default_rng(0), set[bytes]()
+    hot, random, chosen = HotRows(table, {tiny.device(): first}), np.random.default_rng(0), set[bytes]()
     plain, changing = executor(engines[0]), executor(engines[1], hot)
 
     def another() -> None:
@@ -181,7 +182,7 @@ def test_an_executor_scores_the_same_while_other_rows_are_held(tmp_path: Path, m
         assert changing.scores()[0].tobytes() == right.tobytes()
     assert len(chosen) > 3
 
-    small, counting = Piece(piece.record, 2, 3), HotRows(table, first)
+    small, counting = Piece(piece.record, 2, 3), HotRows(table, {tiny.device(): first})
     counted = executor(engines[1], counting)
     for one in [piece] * (SAMPLE - 1) + [small] * (SAMPLE + 1):
         scored(counted, one)
@@ -201,7 +202,7 @@ def scored(executor: Executor, piece: Piece) -> np.ndarray:
 async def served_while_rows_change(engine: Engine, piece: Piece, right: np.ndarray) -> None:
     """As the server serves it: a thread of the live version holds what its calls use."""
     config = dataclasses.replace(Config(), dispatch=DispatchConfig(hot_rows_seconds=0.01))
-    live = LiveModel(engine, "1", config, asyncio.get_running_loop(), lambda _: None)
+    live = LiveModel([Lane(engine, 0, engine.device)], "1", config, asyncio.get_running_loop(), lambda _: None)
     assert live.hot is not None
     try:
         first, until = live.hot.held, time.monotonic() + 20
@@ -219,7 +220,7 @@ async def served_while_rows_change(engine: Engine, piece: Piece, right: np.ndarr
 
 async def failing_to_load(engine: Engine) -> None:
     with pytest.raises(ZeroDivisionError):
-        LiveModel(engine, "1", Config(), asyncio.get_running_loop(), lambda _: None)
+        LiveModel([Lane(engine, 0, engine.device)], "1", Config(), asyncio.get_running_loop(), lambda _: None)
     assert not renewing(), "a version that could not be loaded renews nothing"
 
 
