@@ -12,6 +12,8 @@ from flame_jax.schema import FeatureSchema
 
 SMALLEST_SHARE = 0.0001
 """Of users, that a split between two versions tells apart."""
+AUTO_LANES = (1, 2, 4)
+"""Lanes of a device that `dispatch.lanes` chooses among at `auto`."""
 
 
 @dataclass(frozen=True)
@@ -242,6 +244,10 @@ class DispatchConfig:
     Attributes:
         policy: what batches are made of, and when: `deadline_cost`, by deadlines and by what batches are known to take;
             or `descending`, the FLAME paper's, one request per batch, split over buckets (docs/dso.md).
+        lanes: streams of each device, on which batches run beside each other, fewer where the log says why; `auto`:
+            1, 2 or 4, whichever runs the artifact's buckets fastest when it is loaded.
+        lane_memory: share of a GPU's memory that each of its lanes but the first may take (docs/dso.md).
+        devices: local devices that are used, the first ones.
         executors: executors (slot + executable) per bucket and lane, so batches on a lane at most.
         max_queue: requests waiting at most; one more is refused.
         max_wait_us: microseconds that a request waits at most for others to share its batch, while a lane is idle.
@@ -252,6 +258,9 @@ class DispatchConfig:
     """
 
     policy: Literal["deadline_cost", "descending"] = "deadline_cost"
+    lanes: int | Literal["auto"] = 1
+    lane_memory: float = 0.05
+    devices: int = 1
     executors: int = 2
     max_queue: int = 1024
     max_wait_us: float = 300.0
@@ -261,9 +270,18 @@ class DispatchConfig:
     hot_rows_seconds: float = 60.0
 
     def __post_init__(self) -> None:
-        at_least(1, "dispatch", self, "executors", "max_queue", "row_threads")
+        at_least(1, "dispatch", self, "devices", "executors", "max_queue", "row_threads")
+        if self.lanes != "auto":
+            at_least(1, "dispatch", self, "lanes")
+        if not 0 < self.lane_memory < 1:
+            raise ValueError(f"dispatch.lane_memory must lie in (0, 1), not {self.lane_memory}")
         at_least(0, "dispatch", self, "max_wait_us")
         some_seconds("dispatch", self, "hot_rows_seconds", "hang_seconds", "target_wait_ms")
+
+    @property
+    def most_lanes(self) -> int:
+        """Of each device, at most."""
+        return AUTO_LANES[-1] if self.lanes == "auto" else self.lanes
 
 
 @dataclass(frozen=True)

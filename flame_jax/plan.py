@@ -270,16 +270,17 @@ class _Planner:
         return sum(map(self._footprint.seconds.at, ladder)) if self._footprint else None
 
     def _kept(self, bucket: Bucket) -> float:
-        """Bytes of a bucket while nothing runs: its executors' slots, on host and device, and its code."""
+        """Bytes of a bucket while nothing runs: on each lane its executors' slots, on host and device, and its code."""
         assert self._footprint
         config = self._config
         slot = 4 * served_slot(config.model, config.schema, config.layout, bucket).words
-        return 2 * config.dispatch.executors * slot + self._footprint.code.at(bucket)
+        return config.dispatch.most_lanes * (2 * config.dispatch.executors * slot + self._footprint.code.at(bucket))
 
     def _running(self, largest: Bucket) -> float:
         """Bytes of temporaries when as many batches run as can, all in the largest bucket."""
         assert self._footprint
-        return self._config.dispatch.executors * self._footprint.temporaries.at(largest)
+        dispatch = self._config.dispatch
+        return dispatch.most_lanes * dispatch.executors * self._footprint.temporaries.at(largest)
 
 
 def to_json(plan: Plan) -> dict[str, Any]:

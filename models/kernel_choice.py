@@ -81,6 +81,15 @@ def too_small(kernels: Mapping[str, str], multiprocessors: int) -> str:
     return f"has a kernel for {MULTIPROCESSORS} multiprocessors at once, this GPU has {multiprocessors}: build it here"
 
 
+def most_at_once(kernels: Mapping[str, str]) -> int | None:
+    """Executables with these kernels that may run on one GPU at the same time, on several streams; None: any number."""
+    if kernels.get("layer_stack", "xla") == "xla":
+        return None
+    from flame_jax.pallas_kernels.layer_stack.mosaic import AT_ONCE
+
+    return AT_ONCE
+
+
 def _has_whole(model: ModelConfig, layout: Layout, multiprocessors: int) -> bool:
     if model.architecture not in _WHOLE or model.head_dim * model.heads != model.width:
         return False

@@ -156,23 +156,26 @@ async def _load(
             "server.trusted_keys is empty: artifacts are native code, and whoever can write to %s can run it here",
             settings.models_dir or config.export.artifact,
         )
-    device = await in_background(_first_device)
+    devices = await in_background(partial(_devices, config.dispatch.devices))
     loop = asyncio.get_running_loop()
 
     def died(live: LiveModel) -> None:
         reloader.died(live)
 
-    loader = Loader(config, store, trusted, device, loop, on_fatal=died)
+    loader = Loader(config, store, trusted, devices, loop, on_fatal=died)
     reloader = Reloader(source, loader.load, models, metrics, settings, on_dead=partial(_stop, stopped, 1))
     await reloader.start()
     return reloader
 
 
-def _first_device() -> jax.Device:
+def _devices(count: int) -> list[jax.Device]:
     try:
-        return jax.devices()[0]
+        found = jax.local_devices()
     except (RuntimeError, AssertionError) as error:
         raise StartError("JAX finds no device; see JAX_PLATFORMS and the installed extra (cuda13, cuda12)") from error
+    if len(found) < count:
+        raise StartError(f"dispatch.devices is {count}, but JAX finds {len(found)} on this machine")
+    return list(found[:count])
 
 
 async def _unless[T](stopped: asyncio.Future[int], work: Coroutine[Any, Any, T]) -> T | None:
@@ -242,7 +245,7 @@ def _export(metrics: Metrics, models: Models, service: RankingService, compiles:
         "flame_golden_difference",
         "How far the golden requests' probabilities lay from the artifact's when it was loaded",
         ["version"],
-        lambda: sorted({((live.version,), live.engine.golden_difference) for live, _ in models}),
+        lambda: sorted({((live.version,), live.golden_difference) for live, _ in models}),
     )
 
 

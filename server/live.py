@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 
 import jax
 
 from flame_jax.config import Config
-from flame_jax.dso.calibrate import calibrate
+from flame_jax.dso.calibrate import start_lanes
 from flame_jax.dso.dispatcher import Dispatcher
 from flame_jax.dso.executor import Executor
+from flame_jax.dso.lanes import Lane, hand_over_hot_rows
 from flame_jax.dso.start import make_scheduler
 from flame_jax.dso.work import Done
 from flame_jax.fke.artifact import Artifact, ArtifactError
@@ -22,6 +23,7 @@ from flame_jax.fke.engine import Engine
 from flame_jax.fke.repository import Version
 from flame_jax.fke.signing import TrustedKeys
 from flame_jax.host_table import host_table
+from flame_jax.packing import Bucket
 from flame_jax.pda.assembler import Assembler
 from flame_jax.pda.hot_rows import HotRows, Renewal
 from flame_jax.pda.page_lock import PageLock
@@ -72,10 +74,15 @@ class LiveModel:
     """A version that answers calls. Its counts belong to the event loop.
 
     Args:
+        lanes: one at least.
+        measured: what batches take on them, see `CostModel`.
         identity: see `repository.Version`.
         on_fatal: called on the event loop when a thread of the dispatcher died: this version answers no more.
 
     Attributes:
+        lanes: how many there are.
+        engine: the first lane's.
+        golden_difference: the largest of all lanes, see `Engine`.
         in_flight: calls routed to it that have not ended.
         ok: calls answered since it got its role.
         records: whose memory requests' records are made in.
@@ -88,24 +95,26 @@ class LiveModel:
 
     def __init__(
         self,
-        engine: Engine,
+        lanes: Sequence[Lane],
+        measured: Mapping[Bucket, Sequence[float]],
         identity: str,
         config: Config,
         loop: asyncio.AbstractEventLoop,
         on_fatal: Callable[[LiveModel], None],
     ) -> None:
+        engine = lanes[0].engine
         manifest = engine.manifest
-        self.engine, self.manifest, self.identity = engine, manifest, identity
+        self.engine, self.manifest, self.identity, self.lanes = engine, manifest, identity, len(lanes)
+        self.golden_difference = max(lane.engine.golden_difference for lane in lanes)
         self.version, self.schema = manifest.version, manifest.schema
         self.in_flight = self.ok = self.failed = 0
         self.validator = Validator(manifest.schema, config.server)
         self._table = host_table(engine.item_table, config.dispatch.row_threads)
         self.records = BufferPool()
         self.assembler = Assembler(manifest.schema, engine.vocabularies, self._table, self.records)
-        self.page_lock = PageLock(engine.device)
-        measured = calibrate([engine])
-        first = engine.hand_over_hot_rows()
-        self.hot = HotRows(engine.item_table, first) if engine.item_table is not None and first is not None else None
+        self.page_locks = {lane.device: PageLock(lane.device) for lane in lanes}
+        first = hand_over_hot_rows(lanes)
+        self.hot = HotRows(engine.item_table, first) if engine.item_table is not None and first else None
         self.inbox = Inbox(loop)
         # Weakly: a freed version must not wait for the garbage collector to give its device memory back.
         this = weakref.ref(self)
@@ -114,28 +123,28 @@ class LiveModel:
             if (live := this()) is not None:
                 loop.call_soon_threadsafe(on_fatal, live)
 
-        def lane() -> list[Executor]:
-            return [
-                Executor(engine, bucket, self.assembler.layout, manifest.layout, self.page_lock, self.hot)
-                for bucket in manifest.buckets
-                for _ in range(config.dispatch.executors)
-            ]
+        locks, hot, records = self.page_locks, self.hot, self.assembler.layout
+
+        def executors(engine: Engine) -> list[Executor]:
+            lock, every = locks[engine.device], [*manifest.buckets] * config.dispatch.executors
+            return [Executor(engine, bucket, records, manifest.layout, lock, hot) for bucket in every]
 
         scheduler = make_scheduler(
             config.dispatch,
             manifest.layout,
             measured,
             shares=list(config.server.traffic_classes.values()),
-            lanes=1,
+            lanes=len(lanes),
             tasks=len(manifest.schema.tasks),
             on_left=self.records.give,
         )
         self.dispatcher = Dispatcher(
-            [lane()],
+            [executors(lane.engine) for lane in lanes],
             scheduler,
-            self.assembler.layout,
+            records,
             on_done=self.inbox.deliver,
             on_fatal=died,
+            rebuild=lambda number: executors(lanes[number].engine.reloaded()),
             hang_seconds=config.dispatch.hang_seconds,
         )
         # Last: nothing would end its thread if anything before failed.
@@ -144,7 +153,8 @@ class LiveModel:
     @property
     def memory(self) -> dict[str, str]:
         """What slots are read from, and where scores are left."""
-        return {"slots": self.page_lock.memory, "scores": self.engine.scores_memory}
+        slots = sorted({lock.memory for lock in self.page_locks.values()})
+        return {"slots": ", ".join(slots), "scores": self.engine.scores_memory}
 
     def stop(self, seconds: float) -> bool:
         """End its threads; blocks. False when a batch still runs after this long: the device hangs."""
@@ -162,13 +172,14 @@ class Loader:
 
     Attributes:
         trusted: see `Artifact`.
+        devices: of JAX's own client; every version has lanes on all of them.
         on_fatal: see `LiveModel`.
     """
 
     config: Config
     store: Store
     trusted: TrustedKeys | None
-    device: jax.Device
+    devices: Sequence[jax.Device]
     loop: asyncio.AbstractEventLoop
     on_fatal: Callable[[LiveModel], None]
 
@@ -204,6 +215,6 @@ class Loader:
         if manifest.version != version.name:
             raise ArtifactError(f"artifact {artifact.path} is version {manifest.version!r}, not {version.name!r}")
         self.store.description.check(manifest.schema, self.store.name)
-        engine = Engine(artifact, self.device, beside=beside)
-        engine.warm()
-        return LiveModel(engine, version.identity, self.config, self.loop, self.on_fatal)
+        engine = Engine(artifact, self.devices[0], beside=beside)
+        lanes, measured = start_lanes(engine, self.config.dispatch, self.devices)
+        return LiveModel(lanes, measured, version.identity, self.config, self.loop, self.on_fatal)

@@ -100,14 +100,15 @@ class Metrics:
         for stage, value in nanoseconds.items():
             self._children[stage].observe(value / 1e9)
 
-    def model(self, manifest: Manifest, memory: Mapping[str, str]) -> None:
-        """Name, version, device, kernel implementations and kinds of memory of what is active."""
+    def model(self, manifest: Manifest, memory: Mapping[str, str], lanes: int) -> None:
+        """Name, version, device, lanes, kernel implementations and kinds of memory of what is active."""
         self._info.info(
             {
                 "name": manifest.model.name,
                 "version": manifest.version,
                 "platform": manifest.target.platform,
                 "device_kind": manifest.target.device_kind,
+                "lanes": str(lanes),
                 **{f"kernel_{op}": implementation for op, implementation in manifest.kernels.items()},
                 **{f"memory_{what}": kind for what, kind in memory.items()},
             }

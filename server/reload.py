@@ -305,7 +305,7 @@ class Reloader:
     def _promote(self, live: LiveModel) -> None:
         models = self._models
         models.promote(live)
-        self._metrics.model(live.manifest, live.memory)
+        self._metrics.model(live.manifest, live.memory, live.lanes)
         if self._window is not None:
             self._window.cancel()
         if models.standby is None:
@@ -318,7 +318,7 @@ class Reloader:
     def _revert(self, reason: str) -> None:
         self._models.revert()
         active = self._models.active
-        self._metrics.model(active.manifest, active.memory)
+        self._metrics.model(active.manifest, active.memory, active.lanes)
         self._metrics.rollback(reason)
         self.pinned = self.pinned and self._models.active.version
 

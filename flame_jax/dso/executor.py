@@ -16,7 +16,13 @@ from flame_jax.record import Piece, RecordLayout
 
 
 class Executor:
-    """Fills its slot, launches, and reads the scores of each piece back, in this order; the slot refuses any other."""
+    """Fills its slot, launches, and reads the scores of each piece back, in this order; the slot refuses any other.
+
+    Args:
+        engine: a lane's.
+        page_lock: of the same device, as the lane's client sees it.
+        hot: rows that the engine's device holds, among others.
+    """
 
     def __init__(
         self,
@@ -58,7 +64,7 @@ class Executor:
         """Start the executable; returns at once."""
         words = self._slot.launch()
         try:
-            hot = None if self._held is None else self._held.rows
+            hot = None if self._held is None else self._held.rows[self._engine.device]
             self._result = self._engine.launch(self.bucket, words, hot)
         except BaseException:
             self._end()

@@ -15,6 +15,7 @@ import jax.export
 import numpy as np
 from jax.experimental import serialize_executable
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
+from jaxlib import xla_client
 
 from flame_jax.config import ModelConfig
 from flame_jax.fke.device import platform_of
@@ -174,6 +175,7 @@ def deserialize(payload: bytes, weights: int, device: jax.Device) -> jax.stages.
         payload: bytes whose origin is trusted: executables are native code. The pickle around it may name
             only the classes that one of ours is made of.
         weights: length of the flat list.
+        device: where it is to run, of any client; it was built on device 0 of the process that made it.
 
     Raises:
         pickle.UnpicklingError: the payload names any other class, or is damaged.
@@ -193,6 +195,15 @@ def deserialize(payload: bytes, weights: int, device: jax.Device) -> jax.stages.
         raise pickle.UnpicklingError(f"damaged executable: {type(error).__name__}") from error
 
 
+def _assigned_to(device: jax.Device) -> Any:
+    """Options that move an executable from device 0 to another one, as JAX's compilation cache does."""
+    if device.id == 0:
+        return None
+    options = xla_client.CompileOptions()
+    options.device_assignment = xla_client.DeviceAssignment.create(np.array([[device.id]]))
+    return options
+
+
 def _build(unpickler: Any) -> None:
     """The opcode that gives an object its state."""
     # A class or function may be named by what was allowed, and would be changed for the whole process.
@@ -208,10 +219,19 @@ class _Unpickler(pickle._Unpickler):
 
     def __init__(self, file: io.BytesIO, device: jax.Device) -> None:
         super().__init__(file)
-        self._native = serialize_executable._JaxPjrtUnpickler(io.BytesIO(), device.client, [device])
+        self._device = device
 
     def persistent_load(self, pid: Any) -> Any:
-        return self._native.persistent_load(pid)
+        """The three kinds of things that `serialize_executable` leaves out of the pickle."""
+        match pid:
+            case ("exec", bytes(native)):
+                devices, options = xla_client.DeviceList((self._device,)), _assigned_to(self._device)
+                return self._device.client.deserialize_executable(native, devices, options)
+            case ("device", int()):
+                return self._device
+            case ("client",):
+                return self._device.client
+        raise pickle.UnpicklingError("an executable may not refer to anything but native code and its device")
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import pickle
 import time
@@ -16,11 +17,11 @@ from flame_jax.fke.compile import deserialize, load_kernel_runtime, lower_progra
 from flame_jax.fke.device import multiprocessors, target_of
 from flame_jax.fke.golden import Golden, Packer, whole
 from flame_jax.fke.manifest import GOLDEN, executable_name, portable_name
-from flame_jax.fke.target import Target
 from flame_jax.host_table import host_table
 from flame_jax.models.kernel_choice import too_small
 from flame_jax.models.serving import check_weights, served_slot, served_specs
 from flame_jax.packing import Bucket
+from flame_jax.pjrt import bring, out_of_memory, same_hardware
 from flame_jax.record import RecordLayout
 
 WARM_RUNS = 2
@@ -30,13 +31,17 @@ log = logging.getLogger(__name__)
 
 
 class Engine:
-    """Runs the executables of one artifact on one device.
+    """Runs the executables of one artifact on one device, as one client sees it: one lane.
+
+    What is of the version is shared with its twins on other lanes: manifest, vocabularies, golden set, item table. A
+    lane has executables of its own, and weights, which are shared too where it is the same hardware.
 
     Args:
         beside: other engines serve meanwhile: load one executable at a time, and rest between golden batches for as
             long as they take, so that calls find the device free at least half of the time.
 
     Attributes:
+        beside: the same.
         device: where it runs.
         recompiled: buckets whose executable this CPU can't run and that were compiled here from their portable
             programs.
@@ -45,18 +50,19 @@ class Engine:
 
     Raises:
         ArtifactError: the artifact is damaged or was built for something else.
+        jax.errors.JaxRuntimeError: the device has no room for it.
     """
 
     def __init__(self, artifact: Artifact, device: jax.Device, *, beside: bool = False) -> None:
         manifest = artifact.manifest
-        self.device, self._beside = device, beside
+        self._artifact, self.beside = artifact, beside
         self.manifest, self._path = manifest, artifact.path
-        missing = _check_target(artifact, target_of(device))
+        self._missing = _check_target(artifact, device)
         self.vocabularies = artifact.vocabularies()
         host = artifact.weights()
         try:
-            specs = served_specs(manifest.model, manifest.schema, self.vocabularies.items.rows)
-            check_weights(specs, host)
+            self._specs = served_specs(manifest.model, manifest.schema, self.vocabularies.items.rows)
+            check_weights(self._specs, host)
         except (TypeError, ValueError) as error:
             raise ArtifactError(f"artifact {artifact.path}: {error}") from error
         self.slots = {b: served_slot(manifest.model, manifest.schema, manifest.layout, b) for b in manifest.buckets}
@@ -65,53 +71,95 @@ class Engine:
             manifest.model, manifest.schema, manifest.layout, RecordLayout(manifest.schema, host_table(self.item_table))
         )
         self.golden = _golden(artifact, self.packer.records)
-        self.golden_difference = float("nan")
-        if reason := too_small(manifest.kernels, multiprocessors(device)):
-            raise ArtifactError(f"artifact {artifact.path} {reason}")
         if "mosaic" in manifest.kernels.values():
             load_kernel_runtime()
-        self._weights = [jax.device_put(host[name], device) for name in specs]
-        self._own = len(specs) - bool(manifest.model.hot_rows)
-        self.recompiled: list[Bucket] = []
-        # Reading, hashing, loading and compiling all leave the interpreter.
-        with ThreadPoolExecutor(1 if beside else None) as pool:
-            found = pool.map(lambda bucket: self._executable(artifact, bucket, device, bool(missing)), manifest.buckets)
-            self._executables = dict(zip(manifest.buckets, found, strict=True))
-        for bucket, executable in self._executables.items():
-            taken = [(a.shape, a.dtype) for a in jax.tree.leaves(executable.in_avals)]
-            given = [(spec.shape, spec.dtype) for spec in specs.values()]
-            if taken != [*given, ((self.slots[bucket].words,), np.int32)]:
-                raise ArtifactError(
-                    f"artifact {artifact.path}: the executable of bucket {bucket} was built for other shapes"
-                )
+        self._own = len(self._specs) - bool(manifest.model.hot_rows)
+        self._settle(device, [jax.device_put(host[name], device) for name in self._specs])
         if self.recompiled:
             log.warning(
                 "artifact %s: %d executables can't run on this CPU (it lacks %s) and were compiled anew",
                 artifact.path,
                 len(self.recompiled),
-                ", ".join(missing) or "what the loader asked for",
+                ", ".join(self._missing) or "what the loader asked for",
             )
 
-    def _executable(
-        self, artifact: Artifact, bucket: Bucket, device: jax.Device, recompile: bool
-    ) -> jax.stages.Compiled:
+    def twin(self, device: jax.Device) -> Engine:
+        """The same version on another device: itself on its own.
+
+        Its executables are loaded from the artifact again. On the same hardware, as another client sees it, weights are
+        shared without a copy; elsewhere it has its own. Before `hand_over_hot_rows`.
+
+        Args:
+            device: of the same client, or the same hardware as another client sees it.
+
+        Raises:
+            ArtifactError: the artifact was changed meanwhile, or was not built for this device.
+            jax.errors.JaxRuntimeError: the device has no room for it.
+            pjrt.Unsupported: the client does not see the weights.
+        """
+        if device == self.device:
+            return self
+        assert len(self._weights) == len(self._specs), "hot rows were handed over before all lanes were made"
+        if not same_hardware(device, self.device):
+            _check_target(self._artifact, device)
+        twin = copy.copy(self)
+        twin._settle(device, [bring(weight, device) for weight in self._weights])
+        return twin
+
+    def reloaded(self) -> Engine:
+        """The same, its executables loaded from the artifact anew: another one in the place of one that fails.
+
+        Raises:
+            ArtifactError: the artifact was changed meanwhile, or its golden scores are not met any more.
+            jax.errors.JaxRuntimeError: the device does not work.
+        """
+        again = copy.copy(self)
+        again._settle(self.device, self._weights)
+        if len(self._weights) == len(self._specs):  # else golden requests find no hot rows
+            again.warm()
+        return again
+
+    @property
+    def weights(self) -> list[jax.Array]:
+        """In the order that executables take them, hot rows last until they are handed over."""
+        return list(self._weights)
+
+    def _settle(self, device: jax.Device, weights: list[jax.Array]) -> None:
+        """Take a place: all that one lane has for itself."""
+        self.device, self._weights = device, weights
+        self.golden_difference = float("nan")
+        self.recompiled: list[Bucket] = []
+        # Reading, hashing, loading and compiling all leave the interpreter.
+        with ThreadPoolExecutor(1 if self.beside else None) as pool:
+            self._executables = dict(zip(self.slots, pool.map(self._executable, self.slots), strict=True))
+        for bucket, executable in self._executables.items():
+            taken = [(a.shape, a.dtype) for a in jax.tree.leaves(executable.in_avals)]
+            given = [(spec.shape, spec.dtype) for spec in self._specs.values()]
+            if taken != [*given, ((self.slots[bucket].words,), np.int32)]:
+                raise ArtifactError(
+                    f"artifact {self._path}: the executable of bucket {bucket} was built for other shapes"
+                )
+
+    def _executable(self, bucket: Bucket) -> jax.stages.Compiled:
         """The bucket's executable, the artifact's or one compiled here."""
-        loaded = None if recompile else self._load(artifact, bucket, device)
+        loaded = None if self._missing else self._load(bucket)
         if loaded is not None:
             return loaded
         try:
-            executable = lower_program(artifact.read(portable_name(bucket)), device).compile()
+            executable = lower_program(self._artifact.read(portable_name(bucket)), self.device).compile()
         except (ValueError, jax.errors.JaxRuntimeError) as error:
             raise ArtifactError(f"artifact {self._path}: the program of bucket {bucket}: {error}") from error
         self.recompiled.append(bucket)
         return executable
 
-    def _load(self, artifact: Artifact, bucket: Bucket, device: jax.Device) -> jax.stages.Compiled | None:
+    def _load(self, bucket: Bucket) -> jax.stages.Compiled | None:
         """The bucket's executable; None when XLA's loader refuses it on this CPU."""
-        payload = artifact.read(executable_name(bucket))
+        payload = self._artifact.read(executable_name(bucket))
         try:
-            return deserialize(payload, len(self._weights), device)
+            return deserialize(payload, len(self._specs), self.device)
         except jax.errors.JaxRuntimeError as error:
+            if out_of_memory(error):
+                raise
             if self.manifest.target.platform == "cpu":
                 log.warning("artifact %s: the executable of bucket %s is refused: %s", self._path, bucket, error)
                 return None
@@ -142,7 +190,7 @@ class Engine:
             for number in range(max(WARM_RUNS, len(batches))):
                 begun = time.monotonic()
                 apart = self._replay(bucket, batches[number % len(batches)])
-                if self._beside:
+                if self.beside:
                     time.sleep(time.monotonic() - begun)
                 if not apart <= self.manifest.golden_tolerance:
                     raise ArtifactError(
@@ -191,9 +239,9 @@ class Engine:
         return result
 
 
-def _check_target(artifact: Artifact, here: Target) -> list[str]:
+def _check_target(artifact: Artifact, device: jax.Device) -> list[str]:
     """Flags of the building machine's CPU that this one lacks. Raises ArtifactError where nothing can run."""
-    built = artifact.manifest.target
+    built, here = artifact.manifest.target, target_of(device)
     if misfit := built.misfit(here):
         raise ArtifactError(
             f"artifact {artifact.path} {misfit}; `python -m flame_jax.export build --from {artifact.path} --platform "
@@ -206,6 +254,8 @@ def _check_target(artifact: Artifact, here: Target) -> list[str]:
             built.device_kind,
             here.device_kind,
         )
+    if reason := too_small(artifact.manifest.kernels, multiprocessors(device)):
+        raise ArtifactError(f"artifact {artifact.path} {reason}")
     return built.missing_features(here)
 
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from flame_jax.host_table import places_of
+from flame_jax.pjrt import place
 
 log = logging.getLogger(__name__)
 
@@ -28,11 +29,11 @@ class Held(NamedTuple):
 
     Attributes:
         places: int32[table rows], where on the device a row is; -1 for one that is not there.
-        rows: [hot rows, width] on the device.
+        rows: [hot rows, width], the same on every device of the version's lanes.
     """
 
     places: np.ndarray
-    rows: jax.Array
+    rows: Mapping[jax.Device, jax.Array]
 
 
 class HotRows:
@@ -40,16 +41,17 @@ class HotRows:
 
     Args:
         table: int32[rows, words] in host memory.
-        first: what the device holds of it at first, its first rows.
+        first: what each device holds of it at first, its first rows; a GPU's own device before its twins in further
+            clients, see `pjrt.place`.
 
     Attributes:
         held: the choice for batches that are filled from now on.
         counted: uses of rows that the device held, and of others, in the batches that were counted.
     """
 
-    def __init__(self, table: np.ndarray, first: jax.Array) -> None:
-        self._table, self._count = table, len(first)
-        self._dtype, self._device = first.dtype, next(iter(first.devices()))
+    def __init__(self, table: np.ndarray, first: Mapping[jax.Device, jax.Array]) -> None:
+        ((self._count, self._dtype),) = {(len(rows), rows.dtype) for rows in first.values()}
+        self._table, self._devices = table, tuple(first)
         self._uses = np.zeros(len(table), np.uint32)
         self._turn = 0
         self.counted = (0, 0)
@@ -76,8 +78,7 @@ class HotRows:
         if after <= BETTER * before:
             return False
         values: Any = np.take(self._table, chosen, axis=0).view(self._dtype)
-        rows = jax.device_put(values, self._device)
-        rows.block_until_ready()
+        rows = place(values, self._devices)
         self._chosen, self.held = chosen, Held(places_of(chosen, len(self._table)), rows)
         total = max(1, int(uses.sum(dtype=np.int64)))
         log.info("the device holds rows of %.1f %% of uses, before %.1f %%", 100 * after / total, 100 * before / total)

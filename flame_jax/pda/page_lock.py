@@ -1,7 +1,4 @@
-"""Page-locked slots: the device copies them itself, where it would otherwise wait for a copy that the driver makes.
-
-The one module that uses what JAX 0.11.2 keeps to itself for this, `Client.dma_map` and `dma_unmap`.
-"""
+"""Page-locked slots: the device copies them itself, where it would otherwise wait for a copy that the driver makes."""
 
 from __future__ import annotations
 
@@ -13,6 +10,7 @@ from enum import StrEnum
 import jax
 import numpy as np
 
+from flame_jax import pjrt
 from flame_jax.pda.staging import SharedMemory, Slot
 
 log = logging.getLogger(__name__)
@@ -27,25 +25,25 @@ class Memory(StrEnum):
 
 
 class PageLock:
-    """Locks slots for one device.
+    """Locks slots for one device, as one client sees it.
 
     Attributes:
         memory: chosen once, when this is made, and logged.
     """
 
     def __init__(self, device: jax.Device) -> None:
-        self._client = device.client
+        self._device = device
         self.memory = Memory.IN_PLACE if device.platform == "cpu" else self._choose()
 
     def _choose(self) -> Memory:
         page = SharedMemory(mmap.PAGESIZE, "flame-page-lock")
         address = np.frombuffer(page.memory, np.int8).ctypes.data
         try:
-            self._client.dma_map(address, mmap.PAGESIZE)
-        except jax.errors.JaxRuntimeError as error:
+            pjrt.lock_memory(self._device, address, mmap.PAGESIZE)
+        except (pjrt.Unsupported, jax.errors.JaxRuntimeError) as error:
             log.warning("slots are pageable, and are copied twice: %s", str(error).split("\n", 1)[0])
             return Memory.PAGEABLE
-        self._client.dma_unmap(address)
+        pjrt.unlock_memory(self._device, address)
         log.info("slots are page-locked")
         return Memory.PAGE_LOCKED
 
@@ -57,6 +55,6 @@ class PageLock:
         """
         if self.memory is Memory.PAGE_LOCKED:
             address = slot.words.ctypes.data
-            self._client.dma_map(address, slot.words.nbytes)
+            pjrt.lock_memory(self._device, address, slot.words.nbytes)
             # When the process ends the driver does it, and may be gone before the slot.
-            weakref.finalize(slot, self._client.dma_unmap, address).atexit = False
+            weakref.finalize(slot, pjrt.unlock_memory, self._device, address).atexit = False

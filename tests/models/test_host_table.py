@@ -16,6 +16,7 @@ import pytest
 
 from flame_jax.config import Config, DispatchConfig, ModelConfig
 from flame_jax.dso.executor import Executor
+from flame_jax.dso.lanes import Lane, hand_over_hot_rows, make_lanes
 from flame_jax.export import main
 from flame_jax.fke.artifact import Artifact, ArtifactError
 from flame_jax.fke.engine import Engine
@@ -28,6 +29,7 @@ from flame_jax.pda.page_lock import PageLock
 from flame_jax.record import Piece
 from flame_jax.server.live import LiveModel
 from tests import tiny
+from tests.further import cpu_clients
 from tests.models.test_rankers import BUCKET, CASES, LAYOUT, LENGTH, ROWS, requests_of, weights_of
 from tests.packed import pack
 
@@ -162,7 +164,7 @@ def test_an_executor_scores_the_same_while_other_rows_are_held(tmp_path: Path, m
 
     first = engines[1].hand_over_hot_rows()
     assert first is not None
-    hot, random, chosen = HotRows(table, first), np.random.default_rng(0), set[bytes]()
+    hot, random, chosen = HotRows(table, {tiny.device(): first}), np.random.default_rng(0), set[bytes]()
     plain, changing = executor(engines[0]), executor(engines[1], hot)
 
     def another() -> None:
@@ -181,7 +183,9 @@ def test_an_executor_scores_the_same_while_other_rows_are_held(tmp_path: Path, m
         assert changing.scores()[0].tobytes() == right.tobytes()
     assert len(chosen) > 3
 
-    small, counting = Piece(piece.record, 2, 3), HotRows(table, first)
+    lanes_hold_the_same_rows(artifact, piece, right)
+
+    small, counting = Piece(piece.record, 2, 3), HotRows(table, {tiny.device(): first})
     counted = executor(engines[1], counting)
     for one in [piece] * (SAMPLE - 1) + [small] * (SAMPLE + 1):
         scored(counted, one)
@@ -190,6 +194,27 @@ def test_an_executor_scores_the_same_while_other_rows_are_held(tmp_path: Path, m
     asyncio.run(served_while_rows_change(engines[2], piece, right))
     monkeypatch.setattr("flame_jax.server.live.Executor", lambda *_: 1 / 0)
     asyncio.run(failing_to_load(engines[3]))
+
+
+def lanes_hold_the_same_rows(artifact: Artifact, piece: Piece, right: np.ndarray) -> None:
+    """Lanes of two clients: one choice of rows for both, in the same memory, whichever lane a batch takes."""
+    lanes = make_lanes(Engine(artifact, tiny.device()), 2, [tiny.device()], memory=0.05, clients=cpu_clients())
+    table = lanes[0].engine.item_table
+    assert table is not None
+    records = Assembler(tiny.SCHEMA, lanes[0].engine.vocabularies, host_table(table, threads=2)).layout
+    hot = HotRows(table, hand_over_hot_rows(lanes))
+    executors = [
+        Executor(lane.engine, tiny.BUCKETS[0], records, tiny.LAYOUT, PageLock(lane.device), hot) for lane in lanes
+    ]
+    for chosen in (range(5), range(20, 25), range(7, 12)):
+        for _ in range(200):
+            hot.seen([np.array(chosen, np.int32).repeat(40)])
+        assert hot.renew() is (chosen.start > 0)
+        assert np.flatnonzero(hot.held.places >= 0).tolist() == [*chosen]
+        assert set(hot.held.rows) == {lane.device for lane in lanes}
+        assert len({rows.unsafe_buffer_pointer() for rows in hot.held.rows.values()}) == 1
+        for executor in executors:
+            assert scored(executor, piece).tobytes() == right.tobytes()
 
 
 def scored(executor: Executor, piece: Piece) -> np.ndarray:
@@ -201,7 +226,14 @@ def scored(executor: Executor, piece: Piece) -> np.ndarray:
 async def served_while_rows_change(engine: Engine, piece: Piece, right: np.ndarray) -> None:
     """As the server serves it: a thread of the live version holds what its calls use."""
     config = dataclasses.replace(Config(), dispatch=DispatchConfig(hot_rows_seconds=0.01))
-    live = LiveModel(engine, "1", config, asyncio.get_running_loop(), lambda _: None)
+    live = LiveModel(
+        [Lane(engine, 0, engine.device)],
+        {bucket: [1e-3] for bucket in tiny.BUCKETS},
+        "1",
+        config,
+        asyncio.get_running_loop(),
+        lambda _: None,
+    )
     assert live.hot is not None
     try:
         first, until = live.hot.held, time.monotonic() + 20
@@ -219,7 +251,14 @@ async def served_while_rows_change(engine: Engine, piece: Piece, right: np.ndarr
 
 async def failing_to_load(engine: Engine) -> None:
     with pytest.raises(ZeroDivisionError):
-        LiveModel(engine, "1", Config(), asyncio.get_running_loop(), lambda _: None)
+        LiveModel(
+            [Lane(engine, 0, engine.device)],
+            {bucket: [1e-3] for bucket in tiny.BUCKETS},
+            "1",
+            Config(),
+            asyncio.get_running_loop(),
+            lambda _: None,
+        )
     assert not renewing(), "a version that could not be loaded renews nothing"
 
 

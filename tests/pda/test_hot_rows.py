@@ -20,7 +20,7 @@ WIDTH = 6
 def hot_rows(rows: int, count: int) -> tuple[HotRows, np.ndarray]:
     """Of a random table, and the table as floats."""
     values = np.random.default_rng(0).normal(size=(rows, WIDTH)).astype(np.float32)
-    return HotRows(values.view(np.int32), jax.device_put(values[:count], tiny.device())), values
+    return HotRows(values.view(np.int32), {tiny.device(): jax.device_put(values[:count], tiny.device())}), values
 
 
 def use(hot: HotRows, items: list[int], times: int) -> None:
@@ -32,7 +32,7 @@ def use(hot: HotRows, items: list[int], times: int) -> None:
 
 def check(hot: HotRows, values: np.ndarray, count: int) -> list[int]:
     """Every place holds its row; returns the rows held."""
-    places, rows = hot.held.places, np.asarray(hot.held.rows)
+    places, rows = hot.held.places, np.asarray(hot.held.rows[tiny.device()])
     held = np.flatnonzero(places >= 0)
     assert rows.shape == (count, WIDTH)
     assert sorted(places[held].tolist()) == list(range(count))
@@ -54,7 +54,7 @@ def test_the_most_used_are_held_and_in_time_others() -> None:
     assert hot.renew()
     assert check(hot, values, 3) == [5, 9, 17]
     assert before.places[:3].tolist() == [0, 1, 2], "who holds the choice before keeps it"
-    assert np.asarray(before.rows).tobytes() == values[:3].tobytes()
+    assert np.asarray(before.rows[tiny.device()]).tobytes() == values[:3].tobytes()
     assert not hot.renew(), "the same rows are used most"
     for _ in range(8):
         use(hot, [1, 2, 3], 10)

@@ -83,6 +83,14 @@ def test_a_platform_that_can_not_lock_is_told_once_and_works(
     assert not client.locked
 
 
+def test_a_jax_that_can_not_lock_is_told_and_works(layout: SlotLayout, caplog: pytest.LogCaptureFixture) -> None:
+    device: Any = SimpleNamespace(platform="gpu", client=object())
+    locks = PageLock(device)
+    locks.lock(Slot(layout))
+    assert locks.memory is Memory.PAGEABLE
+    assert "lacks Client.dma_map" in caplog.text
+
+
 def test_memory_that_can_not_be_locked_any_more_is_an_error(client: Client, layout: SlotLayout) -> None:
     locks = locks_of(client)
     client.refusal = "RESOURCE_EXHAUSTED"

@@ -33,7 +33,8 @@ class FakeLive(LiveModel):
             model=SimpleNamespace(name="m"), version=version.name, target=target, kernels={}
         )
         self.dispatcher: Any = SimpleNamespace(launched={}, queued=0)
-        self.page_lock: Any = SimpleNamespace(memory="none")
+        self.page_locks: Any = {None: SimpleNamespace(memory="none")}
+        self.lanes = 1
         self.engine: Any = SimpleNamespace(scores_memory="none")
         self.hot = None
 

@@ -92,11 +92,18 @@ def test_a_store_of_another_schema_ends_the_start(files: Files, tmp_path: Path) 
         (["--server.prot", "1"], "server.prot"),
         (["--server.port", "many"], "server.port"),
         (["--dispatch.executors", "0"], "dispatch.executors"),
+        (["--dispatch.lanes", "0"], "dispatch.lanes"),
+        (["--dispatch.lane_memory", "1"], "dispatch.lane_memory"),
         (["--config", "/nonexistent.yaml"], "nonexistent.yaml"),
     ],
 )
 def test_a_bad_configuration_ends_the_start(flags: list[str], named: str) -> None:
     assert named in fails(flags)
+
+
+def test_devices_that_are_not_there_end_the_start(files: Files) -> None:
+    line = fails([*files.flags(), *FREE, "--dispatch.devices", "2"])
+    assert "dispatch.devices is 2, but JAX finds 1 on this machine" in line
 
 
 def test_a_misspelt_variable_ends_the_start() -> None:

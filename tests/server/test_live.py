@@ -98,7 +98,7 @@ class Desk:
             config=CONFIG,
             store=self._store,
             trusted=None,
-            device=tiny.device(),
+            devices=[tiny.device()],
             loop=self._loop,
             on_fatal=lambda live: self.reloader.died(live),
         )
@@ -292,7 +292,7 @@ def refusal(root: Path, store: LmdbStore, name: str, model: str = "climber", **c
             loop=loop,
             on_fatal=lambda _: None,
             trusted=None,
-            **{"config": CONFIG, "device": tiny.device(), **changed},
+            **{"config": CONFIG, "devices": [tiny.device()], **changed},
         )
         with pytest.raises(LoadError) as caught:
             loader.load(Version(name, root / "climber" / name, ""), model, False)
