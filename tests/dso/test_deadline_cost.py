@@ -319,8 +319,9 @@ def test_requests_of_one_size_take_the_least_time_on_one_lane() -> None:
 
 
 def test_requests_of_many_sizes_take_little_longer_than_they_must() -> None:
-    # The worst of 1,200 drawn cases: see `cases`. What it loses: a lane is never left idle while another runs, however
-    # much they slow each other; others join whole; and the most urgent goes first even when it is the longest.
+    # Of 1,150 drawn cases (seeds 9 and 11) the worst took 1.50 times the least, and 1.06 times on average. What it
+    # loses by: the most urgent goes first even when it is the longest (1.36 and 1.04 beside schedules that keep to
+    # that), others join whole only, and no lane is left idle however much lanes slow each other.
     least = [(case, least_total(case)) for case in cases(3, 100, dated=False)]
     ratios = [run(ours(case), case).total / total for case, total in least]
     assert min(ratios) > 1 - 1e-9
