@@ -228,7 +228,7 @@ async def served_while_rows_change(engine: Engine, piece: Piece, right: np.ndarr
     config = dataclasses.replace(Config(), dispatch=DispatchConfig(hot_rows_seconds=0.01))
     live = LiveModel(
         [Lane(engine, 0, engine.device)],
-        {bucket: [1e-3] for bucket in tiny.BUCKETS},
+        {bucket: [1e-3] for bucket in engine.manifest.buckets},
         "1",
         config,
         asyncio.get_running_loop(),
@@ -253,7 +253,7 @@ async def failing_to_load(engine: Engine) -> None:
     with pytest.raises(ZeroDivisionError):
         LiveModel(
             [Lane(engine, 0, engine.device)],
-            {bucket: [1e-3] for bucket in tiny.BUCKETS},
+            {bucket: [1e-3] for bucket in engine.manifest.buckets},
             "1",
             Config(),
             asyncio.get_running_loop(),
