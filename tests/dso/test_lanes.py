@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 from jaxlib import _jax
 
-from flame_jax.dso import lanes as module
 from flame_jax.dso.lanes import Lane, hand_over_hot_rows, make_lanes
 from flame_jax.fke.artifact import Artifact, ArtifactError
 from flame_jax.fke.compile import CompileCounter
@@ -220,7 +219,3 @@ def test_two_devices_of_a_host_serve_one_version(pristine: Path) -> None:
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "both devices ran" in ended.stdout
-
-
-def test_clients_are_those_of_the_process() -> None:
-    assert module.CLIENTS.streams(tiny.device(), 1, 0.05) == [tiny.device()]
