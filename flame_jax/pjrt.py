@@ -42,8 +42,8 @@ class Unsupported(Exception):
 
 
 class Clients:
-    """Further clients of this process. They are never given back: JAX has no way to end one, and versions to come use
-    them again. Thread-safe.
+    """Further clients of this process. They stay until it ends: versions to come use them again, where a client per
+    version would pile up streams. Thread-safe.
 
     Args:
         makers: by a device's platform, how further clients are made.

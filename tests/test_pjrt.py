@@ -194,8 +194,9 @@ def test_out_of_memory_is_told_from_other_errors() -> None:
 
 
 def test_page_locking_that_jax_lacks_is_unsupported() -> None:
+    without: Any = SimpleNamespace(client=object())
     with pytest.raises(Unsupported, match="dma_map"):
-        pjrt.lock_memory(SimpleNamespace(client=object()), 0, 4096)
+        pjrt.lock_memory(without, 0, 4096)
 
 
 @pytest.fixture(autouse=True)

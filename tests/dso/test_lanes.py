@@ -24,7 +24,7 @@ from flame_jax.fke.engine import Engine
 from flame_jax.fke.manifest import executable_name
 from flame_jax.fke.target import Target
 from flame_jax.models.kernel_choice import most_at_once
-from flame_jax.pjrt import CLIENTS, Clients
+from flame_jax.pjrt import Clients
 from tests import tiny
 from tests.dso.serving import bits, served
 from tests.further import cpu_clients
@@ -219,7 +219,3 @@ def test_two_devices_of_a_host_serve_one_version(pristine: Path) -> None:
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "both devices ran" in ended.stdout
-
-
-def test_clients_are_those_of_the_process() -> None:
-    assert CLIENTS.streams(tiny.device(), 1, 0.05) == [tiny.device()]
