@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ class BufferPool:
 
     def __init__(self) -> None:
         self._free: dict[int, list[np.ndarray]] = {}
+        self._made: weakref.WeakValueDictionary[int, np.ndarray] = weakref.WeakValueDictionary()
         self._changing = threading.Lock()
 
     def take(self, words: int) -> np.ndarray:
@@ -36,14 +38,17 @@ class BufferPool:
         with self._changing:
             free = self._free.get(size)
             buffer = free.pop() if free else None
-        return (np.empty(size, np.int32) if buffer is None else buffer)[:words]
+            if buffer is None:
+                buffer = np.empty(size, np.int32)
+                self._made[id(buffer)] = buffer
+        return buffer[:words]
 
     def give(self, array: np.ndarray) -> None:
-        """Take an array of `take` back, which nobody reads any more, and nobody gives twice."""
-        buffer = array.base
-        assert isinstance(buffer, np.ndarray), "not of a pool"
+        """Take an array of `take` back, which nobody reads any more, and nobody gives twice; others are left alone."""
         with self._changing:
-            self._free.setdefault(len(buffer), []).append(buffer)
+            buffer = self._made.get(id(array.base))
+            if buffer is not None and buffer is array.base:
+                self._free.setdefault(len(buffer), []).append(buffer)
 
 
 def _power_of_two(size: int) -> int:

@@ -11,7 +11,7 @@ import grpc
 import numpy as np
 
 from flame_jax.config import ServerConfig
-from flame_jax.dso.scheduler import Refused
+from flame_jax.dso.scheduler import NoLane, Refused
 from flame_jax.dso.work import Done, Status
 from flame_jax.pda.assembler import Assembled
 from flame_jax.pda.query import FeatureQuery
@@ -188,9 +188,9 @@ class RankingService:
         try:
             live.dispatcher.submit(ticket, record, deadline, traffic_class)
             done = await future
-        except Refused:
+        except Refused as refused:
             live.records.give(record)
-            raise RankError(Fault.OVERLOADED) from None
+            raise RankError(Fault.INTERNAL if isinstance(refused, NoLane) else Fault.OVERLOADED) from None
         except asyncio.CancelledError:
             live.dispatcher.cancel(ticket)
             raise

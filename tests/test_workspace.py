@@ -33,6 +33,14 @@ def test_memory_given_back_is_taken_by_the_next_of_about_its_size() -> None:
     assert not np.shares_memory(pool.take(128), first)
 
 
+def test_memory_of_others_is_left_alone() -> None:
+    pool = BufferPool()
+    others = np.zeros(128, np.int32)
+    for array in (others, others[:100], BufferPool().take(100)):
+        pool.give(array)
+        assert not np.shares_memory(pool.take(100), array)
+
+
 def test_a_workspace_keeps_one_array_a_name_and_lets_it_grow() -> None:
     space = Workspace()
     small, other = space.array("a", 10, np.int32), space.array("b", 10, np.int64)

@@ -125,6 +125,7 @@ class Dispatcher:
 
         Raises:
             Refused: there is no room, or no time, for it, or the dispatcher is stopping.
+            NoLane: nothing can run; a `Refused`, too.
             ValueError: the record has no candidates, or too long a history for any bucket.
         """
         now = time.monotonic()

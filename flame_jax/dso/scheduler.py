@@ -33,6 +33,10 @@ class Refused(Exception):
     """A request is not taken on: it could not be answered in time, or there is no room for it."""
 
 
+class NoLane(Refused):
+    """Every lane is broken."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """What may wait, and for how long.
@@ -183,11 +187,13 @@ class Scheduler:
         """Let a request wait; the answer of one that had to make room for it, if any.
 
         Raises:
-            Refused: there is no room, or no time.
+            Refused: there is no room, or no time; `NoLane` where nothing can run.
         """
         self._arrivals = self._arrivals_now(now) + 1 / ARRIVALS
         self._arrived = now
-        if self._late(work, now) or not any(lane.alive for lane in self.lanes):
+        if not any(lane.alive for lane in self.lanes):
+            raise NoLane
+        if self._late(work, now):
             self.refused += 1
             raise Refused
         evicted: list[Done] = []

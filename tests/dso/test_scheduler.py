@@ -7,7 +7,7 @@ import pytest
 
 from flame_jax.dso.costs import CostModel
 from flame_jax.dso.policy import Launch
-from flame_jax.dso.scheduler import BROKEN, Flight, Limits, Refused, Scheduler
+from flame_jax.dso.scheduler import BROKEN, Flight, Limits, NoLane, Refused, Scheduler
 from flame_jax.dso.work import Done, Status
 from flame_jax.packing import Extent
 from tests.dso.fakes import LARGE, SMALL, record, scheduler
@@ -213,7 +213,7 @@ def test_where_no_lane_is_left_everybody_is_answered_and_nobody_let_in() -> None
         if ticket < BROKEN - 1:
             books.cancel(100 + ticket)
     assert statuses(done)[100 + BROKEN - 1] is Status.FAILED
-    with pytest.raises(Refused):
+    with pytest.raises(NoLane):
         put(books, 500)
 
 
