@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from bench.artifacts import untrained
 from bench.dso.traffic import Mix
 from flame_jax.config import Config
 from flame_jax.dso.calibrate import calibrate
+from flame_jax.dso.costs import CostModel
 from flame_jax.dso.dispatcher import Dispatcher
 from flame_jax.dso.executor import Executor
 from flame_jax.dso.start import make_scheduler
@@ -67,6 +69,33 @@ class Implicit:
         """See `Engine.launch`."""
         scores: jax.Array = self._rank[bucket](self._weights, words)
         return scores
+
+
+class Emulated:
+    """In an engine's place on one lane: takes as long as it is told, and computes nothing."""
+
+    def __init__(self, config: Config, measured: Mapping[Bucket, Sequence[float]], lanes: int) -> None:
+        self.slots = {b: served_slot(config.model, config.schema, config.layout, b) for b in measured}
+        self._tasks, self._costs, self._lanes = len(config.schema.tasks), CostModel(measured), lanes
+        self._free_at = 0.0
+
+    def launch(self, bucket: Bucket, words: np.ndarray, hot: Any = None) -> Any:
+        """See `Engine.launch`."""
+        seconds = self._costs.seconds(bucket, self._lanes)
+        self._free_at = max(self._free_at, time.monotonic()) + seconds
+        return _Later(self._free_at, np.zeros((bucket.candidates, self._tasks), np.float32))
+
+
+class _Later:
+    """An array that is ready at a time."""
+
+    def __init__(self, time: float, values: np.ndarray) -> None:
+        self._time, self._values = time, values
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        if (left := self._time - time.monotonic()) > 0:
+            time.sleep(left)
+        return self._values
 
 
 class System:
@@ -133,6 +162,14 @@ def batching(config: Config, engines: Sequence[Engine], policy: str) -> System:
     """Rows (c) and (d): buckets of a ladder, as many lanes as engines."""
     lanes = [(engine, engine.device) for engine in engines]
     return System(_dispatch(config, policy=policy), lanes, calibrate(engines), page_locked=True)
+
+
+def emulated(config: Config, measured: Mapping[Bucket, Sequence[float]], lanes: int, device: jax.Device) -> System:
+    """Our policy over lanes that take `measured` seconds a batch, all of them busy, and compute nothing."""
+    every = [Emulated(config, measured, lanes) for _ in range(lanes)]
+    return System(
+        _dispatch(config, policy="deadline_cost"), [(one, device) for one in every], measured, page_locked=True
+    )
 
 
 def _dispatch(config: Config, **changes: Any) -> Config:

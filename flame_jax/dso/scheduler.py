@@ -127,7 +127,7 @@ class Scheduler:
         on_left: told the record of a request that has left and that no batch reads any more; not of a refused one.
 
     Attributes:
-        depth: the same.
+        costs, depth: the same.
         totals: of the batches so far.
         works: requests inside, by ticket.
         expired, refused, retried: requests that left, or ran once more, for that reason.
@@ -146,7 +146,7 @@ class Scheduler:
         tasks: int,
         on_left: Callable[[np.ndarray], None] = lambda record: None,
     ) -> None:
-        self._ladder, self._layout, self._costs, self._policy = ladder, layout, costs, policy
+        self._ladder, self._layout, self.costs, self._policy = ladder, layout, costs, policy
         self.depth, self._tasks, self._on_left = depth, tasks, on_left
         self.lanes = [LaneState() for _ in range(lanes)]
         self.queue = Queue(limits.shares)
@@ -222,8 +222,8 @@ class Scheduler:
         history, candidates = work.next_extent
         for bucket in self._ladder:
             if capacity(bucket, history, self._layout) >= candidates:
-                return self._costs.seconds(bucket, 1)
-        return self._costs.seconds(self._ladder[-1], 1)
+                return self.costs.seconds(bucket, 1)
+        return self.costs.seconds(self._ladder[-1], 1)
 
     def cancel(self, ticket: int) -> Work | None:
         """Nobody waits for it any more; what no batch has taken never runs. None: it is not here."""
@@ -290,7 +290,7 @@ class Scheduler:
         lane = self.lanes[number]
         busy = sum(bool(other.flights) for other in self.lanes if other is not lane) + 1
         flight = Flight(number, batch.bucket, parts, busy, bool(len(self.queue)), now, rows)
-        lane.free_at = max(now, lane.free_at if lane.flights else now) + self._costs.seconds(batch.bucket, busy)
+        lane.free_at = max(now, lane.free_at if lane.flights else now) + self.costs.seconds(batch.bucket, busy)
         lane.flights.append(flight)
         self.launched[batch.bucket] += 1
         self.limit.observe(now, self.backlog(), len(parts))
@@ -308,7 +308,7 @@ class Scheduler:
         self.totals.rows += flight.rows
         self.totals.tokens += flight.bucket.tokens
         self.totals.busy_seconds += seconds
-        self._costs.observe(flight.bucket, flight.busy, seconds)
+        self.costs.observe(flight.bucket, flight.busy, seconds)
         if flight.queued and flight.busy == (alive := sum(lane.alive for lane in self.lanes)):
             rate = flight.rows / seconds * alive
             self._rows_per_second += RATE_WEIGHT * (rate - self._rows_per_second)
@@ -361,7 +361,7 @@ class Scheduler:
     def _off(self, flight: Flight, now: float) -> LaneState:
         lane = self.lanes[flight.lane]
         lane.flights.remove(flight)
-        lane.free_at = now + sum(self._costs.seconds(other.bucket, other.busy) for other in lane.flights)
+        lane.free_at = now + sum(self.costs.seconds(other.bucket, other.busy) for other in lane.flights)
         return lane
 
     def _leave(self, works: Sequence[Work], status: Status) -> list[Done]:

@@ -1,0 +1,89 @@
+"""`python -m bench.dso MODE [--out DIR]`: the dispatcher under load on this machine, or simulated."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bench.dso import host, overload, simulate, soak, table
+from bench.environment import describe
+
+say = partial(print, flush=True)
+
+
+class Mode(NamedTuple):
+    """Something that is measured.
+
+    Attributes:
+        run: of the arguments.
+        table: Markdown of its result.
+        plots: drawings of its result, by name.
+    """
+
+    help: str
+    run: Callable[[argparse.Namespace], dict[str, Any]]
+    table: Callable[[dict[str, Any]], str]
+    plots: Callable[[dict[str, Any]], Mapping[str, str]] = lambda result: {}
+
+
+MODES = {
+    "table": Mode(
+        "FLAME's Table 5 and a heavy-tailed mix: implicit shapes, one padded bucket, the paper's policy and ours",
+        lambda args: table.measure(say, seconds=args.seconds, mixes=args.mix),
+        lambda result: table.table(result["table"]),
+        table.plots,
+    ),
+    "overload": Mode(
+        "more load than there is room for",
+        lambda args: overload.measure(say, seconds=args.seconds),
+        lambda result: overload.table(result["overload"]),
+    ),
+    "host": Mode(
+        "what dispatching costs the host, over lanes that take an H100's time and compute nothing",
+        lambda args: host.measure(say, seconds=args.seconds),
+        lambda result: host.table(result["host"]),
+    ),
+    "simulate": Mode(
+        "the policies with measured batch times, without a GPU",
+        lambda args: simulate.simulate(say),
+        lambda result: simulate.table(result["simulate"]),
+        simulate.plots,
+    ),
+    "soak": Mode(
+        "80 % load for --minutes: memory and stalls",
+        lambda args: soak.measure(say, minutes=args.minutes),
+        lambda result: soak.table(result["soak"]),
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print, and write MODE.json and its drawings."""
+    parser = argparse.ArgumentParser(prog="python -m bench.dso", description=__doc__)
+    what = parser.add_mutually_exclusive_group(required=True)
+    for name, mode in MODES.items():
+        what.add_argument(f"--{name}", dest="mode", action="store_const", const=name, help=mode.help)
+    parser.add_argument("--out", metavar="DIR", help="takes the result as MODE.json")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each load of --table, --overload (%(default)s)")
+    parser.add_argument("--mix", action="append", choices=("paper", "heavy"), help="of --table; both, if not said")
+    parser.add_argument("--minutes", type=float, default=30.0, help="of --soak (%(default)s)")
+    parser.add_argument("--commit", help="commit of this checkout, for the result file")
+    args = parser.parse_args(argv)
+    mode = MODES[args.mode]
+    about = describe(shlex.join(["python", "-m", "bench.dso", f"--{args.mode}", "--out", "DIR"]), args.commit)
+    result = mode.run(args)
+    say(mode.table(result))
+    if args.out:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        Path(args.out, f"{args.mode}.json").write_text(json.dumps(about | result, indent=1) + "\n")
+        for name, drawing in mode.plots(result).items():
+            Path(args.out, f"{name}.svg").write_text(drawing)
+
+
+if __name__ == "__main__":
+    main()
