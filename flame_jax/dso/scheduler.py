@@ -13,14 +13,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flame_jax.dso.batching import SCAN, Batch
+from flame_jax.dso.batching import Batch
 from flame_jax.dso.costs import CostModel
-from flame_jax.dso.policy import Launch, Policy, State, Wait, Waiting
+from flame_jax.dso.policy import Launch, Policy, State, Wait
 from flame_jax.dso.waiting import Queue, QueueLimit
 from flame_jax.dso.work import Done, Part, Status, Work
 from flame_jax.fke.buckets import Ladder, capacity
 from flame_jax.packing import Bucket, Extent, Layout
 
+SHOWN = 64
+"""Requests that a policy is shown at most."""
 ARRIVALS = 0.1
 """Seconds over which arrivals are averaged, about."""
 RATE_WEIGHT = 0.05
@@ -153,6 +155,7 @@ class Scheduler:
         self.limit = QueueLimit(
             target=limits.target_wait, floor=2 * layout.max_requests * lanes * depth, most=limits.max_queue
         )
+        self._alive = lanes
         self.totals = Totals()
         self.works: dict[int, Work] = {}
         self.launched: dict[Bucket, int] = dict.fromkeys(ladder, 0)
@@ -191,7 +194,7 @@ class Scheduler:
         """
         self._arrivals = self._arrivals_now(now) + 1 / ARRIVALS
         self._arrived = now
-        if not any(lane.alive for lane in self.lanes):
+        if not self._alive:
             raise NoLane
         if self._late(work, now):
             self.refused += 1
@@ -211,7 +214,9 @@ class Scheduler:
 
     def _late(self, work: Work, now: float) -> bool:
         """Whether it can't be answered in time. Where nothing waits it is tried: an estimate may be wrong."""
-        if not len(self.queue):
+        # Mostly there is time for all that waits, and no need to look closer.
+        most = self.backlog() + (self.depth + 1) * self.costs.seconds(self._ladder[-1], len(self.lanes))
+        if not len(self.queue) or now + most < work.due:
             return False
         ahead = self.queue.rows_before(work.due, work.traffic_class, by_share=self.limit.overloaded)
         begins = max(now, self._next_idle(now)) + ahead / self._rows_per_second
@@ -219,7 +224,7 @@ class Scheduler:
 
     def _fastest(self, work: Work) -> float:
         """Seconds that a request takes at least."""
-        history, candidates = work.next_extent
+        history, candidates = work.shown.extent
         for bucket in self._ladder:
             if capacity(bucket, history, self._layout) >= candidates:
                 return self.costs.seconds(bucket, 1)
@@ -248,11 +253,11 @@ class Scheduler:
         places = sum(self.depth - len(lane.flights) for lane in open_lanes)
         if not places or not len(self.queue):
             return None
-        works = self.queue.front(SCAN, by_share=self.limit.overloaded)
+        works = self.queue.front(SHOWN, by_share=self.limit.overloaded)
         idle = sum(not lane.flights for lane in open_lanes)
         state = State(
             now=now,
-            waiting=[Waiting(work.next_extent, work.since, work.due, work.alone) for work in works],
+            waiting=[work.shown for work in works],
             arrivals=self._arrivals_now(now),
             places=places,
             idle=idle,
@@ -277,10 +282,9 @@ class Scheduler:
             # Since the policy saw it, it was cancelled, or a batch with another part of it failed.
             if work.left or (work.alone and len(batch.shares) > 1):
                 continue
-            whole = work.next_extent.candidates == count and len(work.todo) == 1
-            if whole:
-                self.queue.remove(work)
             part = Part(work, *work.take(count))
+            if not work.todo:
+                self.queue.remove(work)
             self.queue.served(work, count / work.extent.candidates)
             rows += work.extent.history + count
             parts.append(part)
@@ -309,8 +313,8 @@ class Scheduler:
         self.totals.tokens += flight.bucket.tokens
         self.totals.busy_seconds += seconds
         self.costs.observe(flight.bucket, flight.busy, seconds)
-        if flight.queued and flight.busy == (alive := sum(lane.alive for lane in self.lanes)):
-            rate = flight.rows / seconds * alive
+        if flight.queued and flight.busy == self._alive:
+            rate = flight.rows / seconds * self._alive
             self._rows_per_second += RATE_WEIGHT * (rate - self._rows_per_second)
         done: list[Done] = []
         for work, _, _ in flight.parts:
@@ -333,7 +337,7 @@ class Scheduler:
             tickets = {part.work.ticket for part in flight.parts}
             lane.failures += not tickets & lane.blamed
             lane.blamed |= tickets
-            lane.alive = lane.failures < BROKEN
+            self._set_alive(lane, lane.failures < BROKEN)
         lost: list[Work] = []
         for work, low, high in flight.parts:
             self._ended(work)
@@ -343,16 +347,20 @@ class Scheduler:
                 lost.append(work)
                 continue
             self.retried += 1
-            work.alone = True
-            self.queue.remove(work)
-            work.todo.append((low, high))
-            self.queue.add(work)
+            work.again(low, high)
+            if not work.queued:
+                self.queue.add(work)
         done = self._leave(lost, Status.FAILED)
-        return done if any(lane.alive for lane in self.lanes) else done + self.abandon()
+        return done if self._alive else done + self.abandon()
 
     def revive(self, number: int) -> None:
         """A lane that was broken has been made anew."""
-        self.lanes[number] = LaneState()
+        self.lanes[number] = LaneState(alive=False)
+        self._set_alive(self.lanes[number], True)
+
+    def _set_alive(self, lane: LaneState, alive: bool) -> None:
+        self._alive += alive - lane.alive
+        lane.alive = alive
 
     def abandon(self) -> list[Done]:
         """Nothing will run any more: everybody's answer."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator, Sequence
 from heapq import merge
 from itertools import islice
 
 from flame_jax.dso.work import Work
+
+_Entry = tuple[float, int, Work]
+"""When it is due, its ticket, and the request: tuples are compared without a call into Python."""
 
 INTERVAL = 0.1
 """Seconds over which a queue that never becomes short counts as standing (CoDel's interval)."""
@@ -31,8 +35,9 @@ class Queue:
     def __init__(self, shares: Sequence[float]) -> None:
         total = sum(shares)
         self.shares = [share / total for share in shares]
-        self._classes: list[list[Work]] = [[] for _ in shares]
+        self._classes: list[list[_Entry]] = [[] for _ in shares]
         self._rows = [0] * len(shares)
+        self.rows = 0
         self._virtual = [0.0] * len(shares)
         self._count = 0
 
@@ -40,13 +45,9 @@ class Queue:
         return self._count
 
     def __iter__(self) -> Iterator[Work]:
-        for works in self._classes:
-            yield from works
-
-    @property
-    def rows(self) -> int:
-        """Of all that wait."""
-        return sum(self._rows)
+        for entries in self._classes:
+            for _, _, work in entries:
+                yield work
 
     def add(self, work: Work) -> None:
         """Let it wait."""
@@ -54,18 +55,21 @@ class Queue:
         if not self._classes[number]:  # a class that was away has saved nothing up
             waiting = [v for v, works in zip(self._virtual, self._classes, strict=True) if works]
             self._virtual[number] = max(self._virtual[number], min(waiting, default=0.0))
-        insort(self._classes[number], work)
+        insort(self._classes[number], (work.due, work.ticket, work))
+        work.queued = True
         self._rows[number] += work.rows
+        self.rows += work.rows
         self._count += 1
 
     def remove(self, work: Work) -> bool:
         """Take it out; False if it does not wait."""
-        works = self._classes[work.traffic_class]
-        at = bisect_left(works, work)
-        if at == len(works) or works[at] is not work:
+        if not work.queued:
             return False
-        del works[at]
+        entries = self._classes[work.traffic_class]
+        del entries[bisect_left(entries, (work.due, work.ticket))]
+        work.queued = False
         self._rows[work.traffic_class] -= work.rows
+        self.rows -= work.rows
         self._count -= 1
         return True
 
@@ -77,14 +81,18 @@ class Queue:
         """The first `count`, the most urgent first."""
         filled = [number for number, works in enumerate(self._classes) if works]
         if len(filled) == 1:
-            return self._classes[filled[0]][:count]
-        return self._by_share(count, filled) if by_share else list(islice(merge(*self._classes), count))
+            entries = self._classes[filled[0]][:count]
+        elif not by_share:
+            entries = list(islice(merge(*self._classes), count))
+        else:
+            return self._by_share(count, filled)
+        return [work for _, _, work in entries]
 
     def _by_share(self, count: int, filled: list[int]) -> list[Work]:
         virtual, at, found = list(self._virtual), [0] * len(self._classes), list[Work]()
         while filled and len(found) < count:
             number = min(filled, key=virtual.__getitem__)
-            work = self._classes[number][at[number]]
+            work = self._classes[number][at[number]][2]
             found.append(work)
             virtual[number] += work.rows / self.shares[number]
             at[number] += 1
@@ -94,16 +102,14 @@ class Queue:
 
     def due_by(self, time: float) -> list[Work]:
         """Take out and return all that are due by then."""
-        found = []
-        for works in self._classes:
-            while works and works[0].due <= time:
-                found.append(works[0])
-                self.remove(works[0])
+        found = [work for entries in self._classes for _, _, work in entries[: bisect_right(entries, (time, math.inf))]]
+        for work in found:
+            self.remove(work)
         return found
 
     def firsts(self) -> list[Work]:
         """The most urgent of each class."""
-        return [works[0] for works in self._classes if works]
+        return [entries[0][2] for entries in self._classes if entries]
 
     def rows_before(self, due: float, traffic_class: int, *, by_share: bool) -> float:
         """About how many rows go to the devices before a request of this class that is due then."""
@@ -114,10 +120,10 @@ class Queue:
         return min(self._before(traffic_class, due) / part, float(self.rows))
 
     def _before(self, number: int, due: float) -> float:
-        works = self._classes[number]
-        if not works or works[-1].due <= due:
+        entries = self._classes[number]
+        if not entries or entries[-1][0] <= due:
             return float(self._rows[number])
-        return self._rows[number] * bisect_right(works, due, key=lambda work: work.due) / len(works)
+        return self._rows[number] * bisect_right(entries, (due, math.inf)) / len(entries)
 
     def most_over(self, traffic_class: int, limit: int) -> Work | None:
         """Whoever makes room for one more of this class: the least urgent of the class that is the most over its share
@@ -126,7 +132,7 @@ class Queue:
             return None
         over = [len(works) - share * limit for works, share in zip(self._classes, self.shares, strict=True)]
         most = max(range(len(over)), key=over.__getitem__)
-        return self._classes[most][-1] if over[most] > 0 else None
+        return self._classes[most][-1][2] if over[most] > 0 else None
 
 
 class QueueLimit:

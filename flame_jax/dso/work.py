@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from flame_jax.dso.policy import Waiting
 from flame_jax.packing import Extent
 
 
@@ -49,6 +50,8 @@ class Work:
     Attributes:
         rows: history and candidates, its size in estimates.
         todo: candidates [low, high) that no batch has taken yet.
+        shown: what a policy sees of it, while there is something to do.
+        queued: it waits, in whole or in part.
         alone: it was in a batch that failed, and runs once more by itself.
         outstanding: pieces under way.
         left: it has been answered, or nobody waits for it any more.
@@ -56,7 +59,8 @@ class Work:
 
     __slots__ = (
         "alone", "assemble_ns", "batches", "compute_ns", "due", "extent", "finite", "launched_ns", "left",
-        "outstanding", "queue_ns", "record", "rows", "scores", "since", "ticket", "todo", "traffic_class",
+        "outstanding", "queue_ns", "queued", "record", "rows", "scores", "shown", "since", "ticket", "todo",
+        "traffic_class",
     )  # fmt: skip
 
     def __init__(
@@ -76,17 +80,9 @@ class Work:
         self.todo = [(0, extent.candidates)]
         self.outstanding = self.batches = 0
         self.queue_ns = self.assemble_ns = self.compute_ns = self.launched_ns = 0
-        self.alone = self.left = False
+        self.alone = self.left = self.queued = False
         self.finite = True
-
-    def __lt__(self, other: Work) -> bool:
-        return (self.due, self.ticket) < (other.due, other.ticket)
-
-    @property
-    def next_extent(self) -> Extent:
-        """Of the candidates that go next."""
-        low, high = self.todo[0]
-        return Extent(self.extent.history, high - low)
+        self.shown = Waiting(extent, since, due)
 
     def take(self, count: int) -> tuple[int, int]:
         """The next `count` candidates [low, high) go into a batch."""
@@ -95,9 +91,21 @@ class Work:
             self.todo[0] = low + count, high
         else:
             self.todo.pop(0)
+        self._show()
         self.outstanding += 1
         self.batches += 1
         return low, low + count
+
+    def again(self, low: int, high: int) -> None:
+        """A batch with these candidates failed: they run once more, and share no batch with others."""
+        self.alone = True
+        self.todo.append((low, high))
+        self._show()
+
+    def _show(self) -> None:
+        if self.todo:
+            low, high = self.todo[0]
+            self.shown = Waiting(Extent(self.extent.history, high - low), self.since, self.due, self.alone)
 
     def done(self, status: Status) -> Done:
         """What is told of it."""

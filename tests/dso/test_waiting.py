@@ -44,9 +44,14 @@ def test_it_holds_what_a_plain_list_would_in_the_order_of_deadlines(steps: list[
             plain = [each for each in plain if each.due > number]
         assert len(queue) == len(plain)
         assert queue.rows == sum(each.rows for each in plain)
-        assert tickets(queue.front(100, by_share=False)) == tickets(sorted(plain))
+        assert tickets(queue.front(100, by_share=False)) == tickets(
+            sorted(plain, key=lambda each: (each.due, each.ticket))
+        )
         assert sorted(tickets(queue.front(100, by_share=True))) == sorted(tickets(plain))
-        assert tickets(queue.front(2, by_share=False)) == tickets(sorted(plain))[:2]
+        assert (
+            tickets(queue.front(2, by_share=False))
+            == tickets(sorted(plain, key=lambda each: (each.due, each.ticket)))[:2]
+        )
 
 
 def test_by_share_a_class_is_served_as_often_as_it_has_shares_and_by_deadline_within() -> None:
