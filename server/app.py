@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 from collections import Counter
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ import uvloop
 
 from flame_jax.commandline import load, refuse
 from flame_jax.config import Config, ServerConfig
+from flame_jax.dso.scheduler import Scheduler
 from flame_jax.fke.compile import CompileCounter
 from flame_jax.fke.repository import Repository, RepositoryError, SingleArtifact, Source
 from flame_jax.fke.signing import KeyFileError, TrustedKeys
@@ -225,9 +226,7 @@ def _export(metrics: Metrics, models: Models, service: RankingService, compiles:
         lambda: _item_rows(models),
     )
     metrics.gauge("flame_in_flight", "Calls being answered", lambda: service.in_flight)
-    metrics.gauge(
-        "flame_queued", "Requests waiting for a dispatcher", lambda: sum(live.dispatcher.queued for live, _ in models)
-    )
+    _export_dispatchers(metrics, models)
     metrics.gauge("flame_split_share", "Share of users that the canary serves", lambda: models.share / STEPS)
     metrics.gauges(
         "flame_model_role",
@@ -246,6 +245,46 @@ def _export(metrics: Metrics, models: Models, service: RankingService, compiles:
         "How far the golden requests' probabilities lay from the artifact's when it was loaded",
         ["version"],
         lambda: sorted({((live.version,), live.golden_difference) for live, _ in models}),
+    )
+
+
+def _export_dispatchers(metrics: Metrics, models: Models) -> None:
+    def total(read: Callable[[Scheduler], int]) -> Callable[[], float]:
+        return lambda: sum(read(live.dispatcher.scheduler) for live, _ in models)
+
+    def by_version(read: Callable[[Scheduler], Mapping[str, float]]) -> Callable[[], list[Row]]:
+        def rows() -> list[Row]:
+            totals: Counter[tuple[str, str]] = Counter()
+            for live, _ in models:
+                for label, value in read(live.dispatcher.scheduler).items():
+                    totals[live.version, label] += value  # type: ignore[assignment]
+            return list(totals.items())
+
+        return rows
+
+    metrics.gauge("flame_queued", "Requests waiting for a dispatcher", total(lambda books: len(books.queue)))
+    metrics.gauge("flame_queue_limit", "Requests that may wait, over all versions", total(lambda b: b.limit.limit))
+    metrics.gauges(
+        "flame_lanes",
+        "Lanes of each live version, by whether they are in use or broken",
+        ["version", "state"],
+        by_version(lambda books: Counter("in use" if lane.alive else "broken" for lane in books.lanes)),
+    )
+    metrics.gauges(
+        "flame_batch_seconds",
+        "What a batch of each bucket is expected to take while one lane is busy",
+        ["version", "bucket"],
+        lambda: sorted(
+            ((live.version, str(bucket)), seconds[0])
+            for live, _ in {live.version: (live, role) for live, role in models}.values()
+            for bucket, seconds in live.dispatcher.scheduler.costs.table().items()
+        ),
+    )
+    metrics.counters(
+        "flame_dispatched",
+        "Requests of live versions that expired or were refused in the queue, or ran once more after a batch failed",
+        ["version", "what"],
+        by_version(lambda b: {"expired": b.expired, "refused": b.refused, "retried": b.retried}),
     )
 
 

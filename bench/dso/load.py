@@ -17,6 +17,8 @@ from flame_jax.dso.work import Done, Status
 
 RECORDS = 256
 """Different requests of a mix; they come again and again."""
+MOST = 1 << 20
+"""Of them, in a closed loop."""
 PATIENCE = 1e6
 """Seconds that a request waits where nobody is refused."""
 
@@ -113,10 +115,11 @@ class Load:
 
     def closed(self, inside: int, seconds: float) -> Point:
         """So many requests inside all the time: what the system can do."""
-        which = np.random.default_rng(0).integers(0, RECORDS, 1 << 21)
-        tally, books = self._begin(len(which))
+        which = np.random.default_rng(0).integers(0, RECORDS, MOST)
+        numbers = which.tolist()
+        tally, books = self._begin(MOST)
         begun, spent, count = time.monotonic(), 0.0, 0
-        for ticket, number in enumerate(which.tolist()):
+        for ticket, number in enumerate(numbers):
             if ticket >= inside:
                 self._wait(1)
             tally.due[ticket] = now = time.monotonic()

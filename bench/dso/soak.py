@@ -18,6 +18,8 @@ from bench.dso.systems import batching, engine_of
 from flame_jax.dso.lanes import make_lanes
 
 LOAD = 0.8
+SETTLE = 10.0
+"""Seconds of saturation, to know the load."""
 PART = 30.0
 """Seconds of load after which memory is looked at."""
 TICK = 1e-3
@@ -59,7 +61,7 @@ def measure(progress: Callable[[str], None], *, minutes: float) -> dict[str, Any
         scale.config, [lane.engine for lane in make_lanes(engine, 2, [device], memory=0.05)], "deadline_cost"
     )
     load, stalls = Load(system, scale.mix, ITEMS), Stalls()
-    rate = LOAD * load.closed(scale.inside, 10.0).answered
+    rate = LOAD * load.closed(scale.inside, SETTLE).answered
     parts, histogram = list[dict[str, Any]](), np.zeros(0)
     begun = time.monotonic()
     while time.monotonic() < begun + 60 * minutes:

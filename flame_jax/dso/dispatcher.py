@@ -71,7 +71,9 @@ class Dispatcher:
         self._changed = threading.Condition()
         self._ended = threading.Event()
         self._launched: list[queue.SimpleQueue[_Launched | None]] = [queue.SimpleQueue() for _ in lanes]
-        loops: list[tuple[str, Callable[[], None]]] = [("dispatch", self._dispatch_loop), ("watch", self._watch_loop)]
+        loops: list[tuple[str, Callable[[], None]]] = [("dispatch", self._dispatch_loop)]
+        if hang_seconds != math.inf:
+            loops.append(("watch", self._watch_loop))
         loops += [(f"complete-{number}", self._completion(number)) for number in range(len(lanes))]
         self._threads = [
             threading.Thread(target=self._guard, args=(loop,), name=f"flame-{name}", daemon=True)
@@ -105,7 +107,7 @@ class Dispatcher:
 
     @property
     def thread_seconds(self) -> float:
-        """Processor time of its threads so far, while they live."""
+        """Processor time of its threads so far, before it stops."""
         clocks = [time.pthread_getcpuclockid(thread.ident) for thread in self._threads if thread.ident]
         return sum(time.clock_gettime(clock) for clock in clocks)
 
@@ -316,8 +318,6 @@ class Dispatcher:
         log.warning("lane %d is back", number)
 
     def _watch_loop(self) -> None:
-        if self._hang == math.inf:
-            return
         while not self._ended.wait(min(1.0, self._hang / 4)):
             with self._changed:
                 since = self._scheduler.running_since()
