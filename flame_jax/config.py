@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,6 +11,8 @@ from flame_jax.schema import FeatureSchema
 
 SMALLEST_SHARE = 0.0001
 """Of users, that a split between two versions tells apart."""
+LEAST_SHARE = 1e-6
+"""Of a traffic class; its inverse is the largest."""
 AUTO_LANES = (1, 2, 4)
 """Lanes of a device that `dispatch.lanes` chooses among at `auto`."""
 
@@ -349,10 +350,10 @@ class ServerConfig:
         for name, most in (ports | {"max_message_mib": 2047}).items():
             if getattr(self, name) > most:
                 raise ValueError(f"server.{name} must be at most {most}, not {getattr(self, name)}")
-        if not self.traffic_classes or not all(self.traffic_classes):
+        if not self.traffic_classes or not all(isinstance(n, str) and n for n in self.traffic_classes):
             raise ValueError("server.traffic_classes must be non-empty names")
-        if not all(0 < share < math.inf for share in self.traffic_classes.values()):
-            raise ValueError("server.traffic_classes must have positive shares")
+        if not all(LEAST_SHARE <= share <= 1 / LEAST_SHARE for share in self.traffic_classes.values()):
+            raise ValueError(f"server.traffic_classes must have shares in [{LEAST_SHARE:g}, {1 / LEAST_SHARE:g}]")
         self._check_repository()
 
     def _check_repository(self) -> None:

@@ -91,7 +91,7 @@ class Vocabulary:
     def lookup(self, ids: np.ndarray) -> np.ndarray:
         """int64[...] ids -> int32[...] rows; compared as 64-bit integers, unknown ids give row 0."""
         rows = np.empty(np.shape(ids), np.int32)
-        self.look_up(ids.ravel(), rows.ravel(), Workspace())
+        self.look_up(np.asarray(ids, np.int64).ravel(), rows.ravel(), Workspace())
         return rows
 
     def look_up(self, ids: np.ndarray, rows: np.ndarray, space: Workspace) -> None:

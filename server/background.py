@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable
 from functools import partial
 
+from flame_jax.dso.dispatcher import REBUILD
+
 _NAME = "flame-background"
 
 
@@ -30,7 +32,7 @@ async def in_background[T](work: Callable[[], T]) -> T:
 
 def any_running() -> bool:
     """Whether such work is under way."""
-    return any(thread.name == _NAME for thread in threading.enumerate())
+    return any(thread.name in (_NAME, REBUILD) for thread in threading.enumerate())
 
 
 def _unless_done[T](future: asyncio.Future[T], settle: partial[None]) -> None:

@@ -112,7 +112,7 @@ class LiveModel:
         self._table = host_table(engine.item_table, config.dispatch.row_threads)
         self.records = BufferPool()
         self.assembler = Assembler(manifest.schema, engine.vocabularies, self._table, self.records)
-        self.page_locks = {lane.device: PageLock(lane.device) for lane in lanes}
+        self.page_locks = {device: PageLock(device) for device in dict.fromkeys(lane.device for lane in lanes)}
         first = hand_over_hot_rows(lanes)
         self.hot = HotRows(engine.item_table, first) if engine.item_table is not None and first else None
         self.inbox = Inbox(loop)
@@ -129,6 +129,12 @@ class LiveModel:
             lock, every = locks[engine.device], [*manifest.buckets] * config.dispatch.executors
             return [Executor(engine, bucket, records, manifest.layout, lock, hot) for bucket in every]
 
+        engines = [lane.engine for lane in lanes]
+
+        def again(number: int) -> list[Executor]:
+            engines[number] = engines[number].reloaded()
+            return executors(engines[number])
+
         scheduler = make_scheduler(
             config.dispatch,
             manifest.layout,
@@ -139,12 +145,12 @@ class LiveModel:
             on_left=self.records.give,
         )
         self.dispatcher = Dispatcher(
-            [executors(lane.engine) for lane in lanes],
+            [executors(engine) for engine in engines],
             scheduler,
             records,
             on_done=self.inbox.deliver,
             on_fatal=died,
-            rebuild=lambda number: executors(lanes[number].engine.reloaded()),
+            rebuild=again,
             hang_seconds=config.dispatch.hang_seconds,
         )
         # Last: nothing would end its thread if anything before failed.

@@ -4,7 +4,9 @@ import atexit
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 # Every warpgroup of an interpreted kernel blocks a thread of this pool, which is as large as the machine has cores.
@@ -19,3 +21,13 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 
 settings.register_profile("flame", deadline=None)  # timings pass and fail nothing
 settings.load_profile("flame")
+
+
+@pytest.fixture(scope="session")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact that nobody changes."""
+    from tests import tiny
+
+    path = tmp_path_factory.mktemp("pristine") / "model"
+    tiny.save_artifact(path)
+    return path

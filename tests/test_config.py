@@ -80,6 +80,15 @@ def test_the_file_beats_the_environment(monkeypatch: pytest.MonkeyPatch, file: F
     assert (server.port, server.metrics_port) == (2, 11)
 
 
+def test_traffic_classes_come_with_their_shares(monkeypatch: pytest.MonkeyPatch, file: File) -> None:
+    wanted = {"gold": 3.0, "rest": 1.0}
+    text = "server: {traffic_classes: {gold: 3, rest: 1.0}}"
+    assert load(["--config", file(text)], prog=PROG).server.traffic_classes == wanted
+    assert load(["--server.traffic_classes", "{gold: 3, rest: 1}"], prog=PROG).server.traffic_classes == wanted
+    monkeypatch.setenv("FLAME_SERVER__TRAFFIC_CLASSES", '{"gold": 3, "rest": 1}')
+    assert load([], prog=PROG).server.traffic_classes == wanted
+
+
 @pytest.mark.parametrize("cores", ["0", "0-7,16", "auto"])
 def test_a_lone_core_needs_no_quotes(file: File, cores: str) -> None:
     assert str(load(["--config", file(f"server:\n  cores: {cores}\n")], prog=PROG).server.cores) == cores
@@ -263,6 +272,13 @@ def test_a_section_that_is_no_mapping_is_refused_by_its_name(refusal: Refusal, f
         ("--schema.user_features=[{name: age, kind: bits, size: 32}]", "age"),
         ("--model.width=0", "model.width"),
         ("--dispatch.max_queue=0", "dispatch.max_queue"),
+        ("--dispatch.lanes=0", "dispatch.lanes"),
+        ("--dispatch.lane_memory=1", "dispatch.lane_memory"),
+        ("--dispatch.hang_seconds=0", "dispatch.hang_seconds"),
+        ("--dispatch.max_wait_us=-1", "dispatch.max_wait_us"),
+        ("--server.traffic_classes={}", "server.traffic_classes"),
+        ("--server.traffic_classes={a: 1, b: 0}", "server.traffic_classes"),
+        ("--server.traffic_classes={a: 1.0e308, b: 1.0e308}", "server.traffic_classes"),
         ("--server.admin_port=-2", "server.admin_port"),
         ("--server.admin_port=65536", "server.admin_port"),
         ("--server.poll_seconds=-1", "server.poll_seconds"),

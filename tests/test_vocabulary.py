@@ -187,3 +187,9 @@ def test_a_file_holds_the_ids_and_nothing_that_runs(tmp_path: Path) -> None:
     path = tmp_path / "vocabulary.npy"
     Vocabulary(int64([9, 4, 2**40])).save(path)
     assert np.load(path, allow_pickle=False).tolist() == [4, 9, 2**40]
+
+
+@pytest.mark.parametrize("size", [3, 100_000])
+def test_ids_of_another_integer_type_are_found_too(size: int) -> None:
+    keys = 3 * np.arange(1, size + 1)
+    assert Vocabulary(keys).lookup(np.array([3, 4, 6], np.int32)).tolist() == [1, UNKNOWN_ROW, 2]

@@ -96,15 +96,24 @@ def _seconds(engines: Sequence[Engine], bucket: Bucket, words: np.ndarray) -> fl
     together = threading.Barrier(len(engines))
 
     def run(engine: Engine) -> list[float]:
+        """Seconds until all lanes were done, round by round."""
         taken = []
-        together.wait()
-        for _ in range(RUNS):
-            begun = time.monotonic()
-            engine.run(bucket, words)
-            taken.append(time.monotonic() - begun)
-            if engine.beside:
-                time.sleep(taken[-1])
+        try:
+            for _ in range(RUNS):
+                together.wait()
+                begun = time.monotonic()
+                engine.run(bucket, words)
+                together.wait()
+                taken.append(time.monotonic() - begun)
+                if engine.beside:
+                    time.sleep(taken[-1])
+        except threading.BrokenBarrierError:  # another lane has failed, and says why
+            pass
+        except BaseException:
+            together.abort()
+            raise
         return taken
 
     with ThreadPoolExecutor(len(engines)) as pool:
-        return statistics.median(seconds for taken in pool.map(run, engines) for seconds in taken)
+        first, *_ = list(pool.map(run, engines))
+        return statistics.median(first)

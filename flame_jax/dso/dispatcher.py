@@ -14,6 +14,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +25,11 @@ from flame_jax.dso.scheduler import Flight, Refused, Scheduler
 from flame_jax.dso.work import Done
 from flame_jax.packing import Bucket
 from flame_jax.record import Piece, RecordLayout
+
+REBUILD = "flame-rebuild"
+"""Name of the threads that make lanes anew."""
+PATIENCE, MOST_PATIENCE = 1.0, 60.0
+"""Seconds before a lane is made anew that broke a second time, twice as long each further time; and at most."""
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +76,9 @@ class Dispatcher:
         self._stopping = self._dead = False
         self._changed = threading.Condition()
         self._ended = threading.Event()
+        self._rebuilding: set[int] = set()
+        self._lost: set[int] = set()
+        self._breaks = [0] * len(lanes)
         self._launched: list[queue.SimpleQueue[_Launched | None]] = [queue.SimpleQueue() for _ in lanes]
         loops: list[tuple[str, Callable[[], None]]] = [("dispatch", self._dispatch_loop)]
         if hang_seconds != math.inf:
@@ -108,7 +117,8 @@ class Dispatcher:
     @property
     def thread_seconds(self) -> float:
         """Processor time of its threads so far, before it stops."""
-        clocks = [time.pthread_getcpuclockid(thread.ident) for thread in self._threads if thread.ident]
+        alive = [thread.ident for thread in self._threads if thread.ident and thread.is_alive()]
+        clocks = [time.pthread_getcpuclockid(ident) for ident in alive]
         return sum(time.clock_gettime(clock) for clock in clocks)
 
     @property
@@ -176,7 +186,7 @@ class Dispatcher:
             first, self._dead, self._stopping = not self._dead, True, True
             left = self._scheduler.abandon()
             self._notify()
-        self._end()
+        self._ended.set()
         try:
             # First, so that whoever is answered finds another dispatcher in this one's place.
             if first:
@@ -185,16 +195,16 @@ class Dispatcher:
             if left:
                 self._on_done(left)
 
-    def _end(self) -> None:
-        self._ended.set()
-        for launched in self._launched:
-            launched.put(None)
-
     def _dispatch_loop(self) -> None:
-        while (batches := self._next_batches()) is not None:
-            for flight, executor in batches:
-                self._launch(flight, executor)
-        self._end()
+        try:
+            while (batches := self._next_batches()) is not None:
+                for flight, executor in batches:
+                    self._launch(flight, executor)
+        finally:
+            # Behind everything that was launched: no batch may be left that nobody waits for.
+            self._ended.set()
+            for launched in self._launched:
+                launched.put(None)
 
     def _next_batches(self) -> list[tuple[Flight, Executor]] | None:
         """Wait until something is to be launched; None once stopped and empty, or dead."""
@@ -275,53 +285,76 @@ class Dispatcher:
             self._free[flight.lane][flight.bucket].append(executor)
             done = self._scheduler.finished(flight, finished_ns / 1e9)
             self._notify()
-        if done:
-            self._on_done(done)
+        self._left(flight.lane, done)
 
     def _failed(self, flight: Flight, executor: Executor, *, by_lane: bool) -> None:
         with self._changed:
             self._free[flight.lane][flight.bucket].append(executor)
             done = self._scheduler.failed(flight, time.monotonic(), by_lane=by_lane)
-            lane = self._scheduler.lanes[flight.lane]
-            broken = not lane.alive and not lane.flights
             self._notify()
-        if done:
-            self._on_done(done)
-        if broken:
-            self._replace(flight.lane)
+        self._left(flight.lane, done)
+
+    def _left(self, number: int, done: list[Done]) -> None:
+        """A batch has left a lane, and some requests have left with it."""
+        lane = self._scheduler.lanes[number]
+        with self._changed:
+            broken = not lane.alive and not lane.flights and number not in self._rebuilding and not self._dead
+            if broken:
+                self._rebuilding.add(number)
+        try:
+            if broken:
+                self._replace(number)
+        finally:
+            if done:
+                self._on_done(done)
 
     def _replace(self, number: int) -> None:
         """A lane is broken and has run empty."""
         if self._rebuild is None:
             log.error("lane %d is broken; %d are left", number, self.lanes_alive)
-            if not self.lanes_alive:
-                self._die()
+            self._give_up(number)
             return
         log.error("lane %d is broken and is made anew", number)
-        threading.Thread(
-            target=self._guard, args=(lambda: self._revive(number),), name="flame-rebuild", daemon=True
-        ).start()
+        work = partial(self._guard, partial(self._revive, number, self._rebuild))
+        thread = threading.Thread(target=work, name=REBUILD, daemon=True)
+        with self._changed:
+            self._threads.append(thread)
+        thread.start()
 
-    def _revive(self, number: int) -> None:
-        assert self._rebuild is not None
+    def _revive(self, number: int, rebuild: Rebuild) -> None:
+        self._breaks[number] += 1
+        if self._ended.wait(min(MOST_PATIENCE, PATIENCE * (2 ** (self._breaks[number] - 1) - 1))):
+            return
         try:
-            free = self._by_bucket(self._rebuild(number))
+            free = self._by_bucket(rebuild(number))
         except Exception:
             log.exception("lane %d can't be made anew", number)
-            if not self.lanes_alive:
-                self._die()
+            self._give_up(number)
             return
         with self._changed:
             self._free[number] = free
             self._scheduler.revive(number)
+            self._rebuilding.discard(number)
             self._notify()
         log.warning("lane %d is back", number)
 
+    def _give_up(self, number: int) -> None:
+        """A lane will not come back."""
+        with self._changed:
+            self._lost.add(number)
+            last = len(self._lost) == len(self._scheduler.lanes)
+        if last:
+            self._die()
+
     def _watch_loop(self) -> None:
+        before: float | None = None
         while not self._ended.wait(min(1.0, self._hang / 4)):
             with self._changed:
                 since = self._scheduler.running_since()
-            if since is not None and time.monotonic() - since > self._hang:
-                log.critical("a batch has run for %.1f s: the device hangs", time.monotonic() - since)
+            hangs = since is not None and time.monotonic() - since > self._hang
+            # Seen twice: a process that was stopped and goes on may find its batches done a moment later.
+            if hangs and since == before:
+                log.critical("a batch runs for more than %g s: the device hangs", self._hang)
                 self._die()
                 return
+            before = since if hangs else None

@@ -45,7 +45,8 @@ class Limits:
 
     Attributes:
         max_queue: requests that may wait at most.
-        target_wait: seconds of work in the queue beyond which it is cut down to what is done in that time.
+        target_wait: seconds of work. Where there always is more in the queue, no more may wait than is done in that
+            time.
         shares: of the devices, per traffic class, when there is not enough for all.
     """
 
@@ -81,6 +82,8 @@ class Flight:
         queued: requests still waited when it was launched.
         launched: seconds.
         rows: of its requests.
+        useful: of these, a history of which only some candidates are in counts in proportion.
+        again: it is of one request that was in a batch that failed.
     """
 
     lane: int
@@ -90,6 +93,8 @@ class Flight:
     queued: bool
     launched: float
     rows: int
+    useful: float
+    again: bool
 
 
 @dataclass(eq=False)
@@ -126,7 +131,8 @@ class Scheduler:
         lanes: how many there are.
         depth: batches that may be on a lane at the same time: one that runs, others that wait on the device.
         tasks: scores per candidate.
-        on_left: told the record of a request that has left and that no batch reads any more; not of a refused one.
+        on_left: told the record of a request that has left and that no batch reads any more; not of one that `submit`
+            refused.
 
     Attributes:
         costs, depth: the same.
@@ -242,7 +248,9 @@ class Scheduler:
         expired = self.queue.due_by(now)
         self.expired += len(expired)
         doomed: list[Work] = []
-        if all(lane.flights for lane in self.lanes):  # else the first of them is tried: an estimate may be wrong
+        if all(
+            lane.flights for lane in self.lanes if lane.alive
+        ):  # else the first of them is tried: an estimate may be wrong
             doomed = [work for work in self.queue.firsts() if work.due <= now + self._fastest(work)]
             self.refused += len(doomed)
         return self._leave(expired, Status.EXPIRED) + self._leave(doomed, Status.REFUSED)
@@ -276,24 +284,25 @@ class Scheduler:
         open_lanes = [n for n, lane in enumerate(self.lanes) if lane.alive and len(lane.flights) < self.depth]
         if not open_lanes:
             return None
-        parts, rows = [], 0
+        parts, rows, useful = [], 0, 0.0
+        again = any(works[position].alone for position, _ in batch.shares)
         for position, count in batch.shares:
             work = works[position]
             # Since the policy saw it, it was cancelled, or a batch with another part of it failed.
             if work.left or (work.alone and len(batch.shares) > 1):
                 continue
             part = Part(work, *work.take(count))
-            if not work.todo:
-                self.queue.remove(work)
-            self.queue.served(work, count / work.extent.candidates)
+            part_of_it = count / work.extent.candidates
+            self.queue.served(work, part_of_it)
             rows += work.extent.history + count
+            useful += part_of_it * work.rows
             parts.append(part)
         if not parts:
             return None
         number = min(open_lanes, key=lambda n: (len(self.lanes[n].flights), self.lanes[n].free_at))
         lane = self.lanes[number]
         busy = sum(bool(other.flights) for other in self.lanes if other is not lane) + 1
-        flight = Flight(number, batch.bucket, parts, busy, bool(len(self.queue)), now, rows)
+        flight = Flight(number, batch.bucket, parts, busy, bool(len(self.queue)), now, rows, useful, again)
         lane.free_at = max(now, lane.free_at if lane.flights else now) + self.costs.seconds(batch.bucket, busy)
         lane.flights.append(flight)
         self.launched[batch.bucket] += 1
@@ -302,11 +311,11 @@ class Scheduler:
 
     def finished(self, flight: Flight, now: float) -> list[Done]:
         """A batch's scores are there; the answers of requests that it completed."""
-        lane = self._off(flight, now)
+        lane = self.lanes[flight.lane]
+        began = max(flight.launched, lane.finished)
+        self._off(flight, now)
         if lane.failures:
             lane.failures, lane.blamed = 0, set()
-        began = max(flight.launched, lane.finished)
-        lane.finished = now
         seconds = max(now - began, 1e-9)
         self.totals.batches += 1
         self.totals.rows += flight.rows
@@ -314,14 +323,14 @@ class Scheduler:
         self.totals.busy_seconds += seconds
         self.costs.observe(flight.bucket, flight.busy, seconds)
         if flight.queued and flight.busy == self._alive:
-            rate = flight.rows / seconds * self._alive
+            rate = flight.useful / seconds * self._alive
             self._rows_per_second += RATE_WEIGHT * (rate - self._rows_per_second)
         done: list[Done] = []
         for work, _, _ in flight.parts:
             self._ended(work)
             if not work.outstanding and not work.todo and not work.left:
                 done += self._leave([work], Status.OK if work.finite else Status.NOT_FINITE)
-        return done
+        return done + self._stranded()
 
     def failed(self, flight: Flight, now: float, *, by_lane: bool) -> list[Done]:
         """A batch failed: a request that was alone in it has failed, the others run once more, each by itself.
@@ -343,15 +352,17 @@ class Scheduler:
             self._ended(work)
             if work.left:
                 continue
-            if work.alone or (len(flight.parts) == 1 and lane.alive):
+            if len(flight.parts) == 1 and (flight.again or lane.alive):
                 lost.append(work)
                 continue
             self.retried += 1
             work.again(low, high)
-            if not work.queued:
-                self.queue.add(work)
-        done = self._leave(lost, Status.FAILED)
-        return done if self._alive else done + self.abandon()
+            self.queue.add(work)
+        return self._leave(lost, Status.FAILED) + self._stranded()
+
+    def _stranded(self) -> list[Done]:
+        """Everybody's answer where every lane is broken and nothing runs any more."""
+        return [] if self._alive or self.in_flight else self.abandon()
 
     def revive(self, number: int) -> None:
         """A lane that was broken has been made anew."""
@@ -369,6 +380,7 @@ class Scheduler:
     def _off(self, flight: Flight, now: float) -> LaneState:
         lane = self.lanes[flight.lane]
         lane.flights.remove(flight)
+        lane.finished = now
         lane.free_at = now + sum(self.costs.seconds(other.bucket, other.busy) for other in lane.flights)
         return lane
 

@@ -111,6 +111,7 @@ class Simulator:
     def __init__(self, scheduler: Scheduler, costs: Costs, *, host: float = 0.0) -> None:
         self._scheduler, self._costs, self._host = scheduler, costs, host
         self._now = self._host_free = 0.0
+        self._asleep_until = 0.0
         self._left: dict[int, float] = {}  # of flights, the part that is still to run
         self._begun: dict[int, float] = {}
         self._arrivals: dict[int, Arrival] = {}
@@ -163,6 +164,7 @@ class Simulator:
             self._left[id(flight)] -= passed / self._costs.seconds(flight.bucket, len(running))
         for flight in running:
             if self._left[id(flight)] <= 1e-9:
+                self._asleep_until = 0.0
                 del self._left[id(flight)]
                 begun = self._begun.pop(id(flight))
                 self._report.ran.append(Ran(flight.lane, flight.bucket, begun, time, flight.rows, len(flight.parts)))
@@ -185,12 +187,16 @@ class Simulator:
         while True:
             if self._now < self._host_free:
                 return self._host_free, math.inf
+            if self._now < self._asleep_until:
+                return math.inf, self._asleep_until
             self._end(self._scheduler.drop(self._now))
             view = self._scheduler.view(self._now)
             if view is None:
                 return math.inf, math.inf
             decision = self._scheduler.decide(view)
             if not isinstance(decision, Launch):
+                if not view.state.idle:  # as the dispatcher: what comes can't be run sooner
+                    self._asleep_until = decision.until
                 return math.inf, max(decision.until, self._now)
             for batch in decision.batches:
                 flight = self._scheduler.take(batch, view.works, max(self._now, self._host_free))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from heapq import merge
 from itertools import islice
 
@@ -15,6 +15,8 @@ _Entry = tuple[float, int, Work]
 
 INTERVAL = 0.1
 """Seconds over which a queue that never becomes short counts as standing (CoDel's interval)."""
+GROWTH = 1.25
+"""How many times as many may wait after an interval in which the queue was short."""
 HOLD = 0.5
 """Seconds for which an overload counts as one after its last such interval."""
 
@@ -39,27 +41,31 @@ class Queue:
         self._rows = [0] * len(shares)
         self.rows = 0
         self._virtual = [0.0] * len(shares)
+        self._clock = 0.0
         self._count = 0
 
     def __len__(self) -> int:
         return self._count
 
-    def __iter__(self) -> Iterator[Work]:
-        for entries in self._classes:
-            for _, _, work in entries:
-                yield work
-
     def add(self, work: Work) -> None:
-        """Let it wait."""
+        """Let it wait, or more of it."""
         number = work.traffic_class
-        if not self._classes[number]:  # a class that was away has saved nothing up
-            waiting = [v for v, works in zip(self._virtual, self._classes, strict=True) if works]
-            self._virtual[number] = max(self._virtual[number], min(waiting, default=0.0))
+        if work.queued:
+            self._count_rows(work)
+            return
+        if not self._classes[number]:  # a class that was away has saved nothing up, and owes nothing
+            self._virtual[number] = max(self._virtual[number], self._clock)
         insort(self._classes[number], (work.due, work.ticket, work))
         work.queued = True
-        self._rows[number] += work.rows
-        self.rows += work.rows
         self._count += 1
+        self._count_rows(work)
+
+    def _count_rows(self, work: Work) -> None:
+        """What is left of it may have changed."""
+        change = work.rows_left - work.rows_counted if work.queued else -work.rows_counted
+        work.rows_counted += change
+        self._rows[work.traffic_class] += change
+        self.rows += change
 
     def remove(self, work: Work) -> bool:
         """Take it out; False if it does not wait."""
@@ -68,14 +74,19 @@ class Queue:
         entries = self._classes[work.traffic_class]
         del entries[bisect_left(entries, (work.due, work.ticket))]
         work.queued = False
-        self._rows[work.traffic_class] -= work.rows
-        self.rows -= work.rows
         self._count -= 1
+        self._count_rows(work)
         return True
 
     def served(self, work: Work, part: float) -> None:
-        """So much of it goes to a device: its class has had that."""
-        self._virtual[work.traffic_class] += part * work.rows / self.shares[work.traffic_class]
+        """This part of it goes to a device: its class has had that, and less of it waits, or nothing."""
+        number = work.traffic_class
+        self._clock = max(self._clock, self._virtual[number])
+        self._virtual[number] += part * work.rows / self.shares[number]
+        if not work.todo:
+            self.remove(work)
+        elif work.queued:
+            self._count_rows(work)
 
     def front(self, count: int, *, by_share: bool) -> list[Work]:
         """The first `count`, the most urgent first."""
@@ -161,12 +172,10 @@ class QueueLimit:
         if now < self._until:
             return
         passed = now - self._until + INTERVAL
-        if passed > 2 * INTERVAL:  # nothing was launched for so long: there was no queue
-            self.overloaded, self.limit = False, self._most
-        elif self._least > self._target:
+        if self._least > self._target:
             self.overloaded, self._hold = True, now + HOLD
             self.limit = min(self._most, max(self._floor, int(self._launched / passed * self._target)))
         else:
             self.overloaded = now < self._hold
-            self.limit = min(self._most, self.limit + self.limit // 4 + 1)
+            self.limit = int(min(self._most, self.limit * GROWTH ** min(100.0, passed / INTERVAL) + 1))
         self._until, self._least, self._launched = now + INTERVAL, backlog, 0

@@ -52,6 +52,7 @@ class Work:
         todo: candidates [low, high) that no batch has taken yet.
         shown: what a policy sees of it, while there is something to do.
         queued: it waits, in whole or in part.
+        rows_counted: rows with which it counts in the queue.
         alone: it was in a batch that failed, and runs once more by itself.
         outstanding: pieces under way.
         left: it has been answered, or nobody waits for it any more.
@@ -59,8 +60,8 @@ class Work:
 
     __slots__ = (
         "alone", "assemble_ns", "batches", "compute_ns", "due", "extent", "finite", "launched_ns", "left",
-        "outstanding", "queue_ns", "queued", "record", "rows", "scores", "shown", "since", "ticket", "todo",
-        "traffic_class",
+        "outstanding", "queue_ns", "queued", "record", "rows", "rows_counted", "scores", "shown", "since", "ticket",
+        "todo", "traffic_class",
     )  # fmt: skip
 
     def __init__(
@@ -78,11 +79,16 @@ class Work:
         self.since, self.due, self.traffic_class = since, due, traffic_class
         self.scores = np.empty((extent.candidates, tasks), np.float32)
         self.todo = [(0, extent.candidates)]
-        self.outstanding = self.batches = 0
+        self.outstanding = self.batches = self.rows_counted = 0
         self.queue_ns = self.assemble_ns = self.compute_ns = self.launched_ns = 0
         self.alone = self.left = self.queued = False
         self.finite = True
         self.shown = Waiting(extent, since, due)
+
+    @property
+    def rows_left(self) -> int:
+        """Of what no batch has taken yet, with the history."""
+        return self.extent.history + sum(high - low for low, high in self.todo) if self.todo else 0
 
     def take(self, count: int) -> tuple[int, int]:
         """The next `count` candidates [low, high) go into a batch."""

@@ -97,7 +97,7 @@ def test_the_earliest_deadline_goes_first_and_the_lower_ticket_among_equals(held
     now = time.monotonic_ns()
     due = {5: 900, 1: 500, 8: 300, 4: 500, 2: 700, 3: 500}
     for ticket, seconds in due.items():  # each fills the largest bucket, so that none shares a batch
-        held.dispatcher.submit(ticket, record(ticket, candidates=32), now + seconds * 10**9)
+        held.hand_in(ticket, record(ticket, candidates=32), now + seconds * 10**9)
     held.finish()
     assert held.lab.filled()[1:] == [8, 1, 3, 4, 2, 5]
 

@@ -32,13 +32,6 @@ from tests.further import cpu_clients
 CLIENTS = cpu_clients()
 
 
-@pytest.fixture(scope="module")
-def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("pristine") / "model"
-    tiny.save_artifact(path)
-    return path
-
-
 def lanes_of(folder: Path, count: int, clients: Clients = CLIENTS) -> list[Lane]:
     return make_lanes(Engine(Artifact(folder), tiny.device()), count, [tiny.device()], memory=0.05, clients=clients)
 

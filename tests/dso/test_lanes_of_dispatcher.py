@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -13,6 +14,15 @@ from flame_jax.dso.scheduler import BROKEN, Limits, Refused
 from flame_jax.dso.work import Status
 from flame_jax.record import Piece
 from tests.dso.fakes import PATIENCE, Desk, FakeExecutor, fake_lane, ok, record
+
+
+def until(true: Callable[[], bool]) -> None:
+    """Wait for something that happens at once."""
+    for _ in range(int(PATIENCE / 0.001)):
+        if true():
+            return
+        time.sleep(0.001)
+    pytest.fail("it did not happen")
 
 
 def test_requests_run_on_all_lanes_at_once() -> None:
@@ -105,6 +115,89 @@ def test_without_any_lane_everybody_is_answered_nobody_let_in_and_a_lane_made_an
     desk.finish()
 
 
+@pytest.mark.parametrize("rebuild", [True, False])
+def test_a_lane_that_breaks_while_a_last_batch_on_it_succeeds_is_broken_all_the_same(rebuild: bool) -> None:
+    made: list[int] = []
+
+    def again(number: int) -> Sequence[Executor]:
+        made.append(number)
+        return fake_lane(desk.lab, 2, number)
+
+    desk = Desk(executors=2, open=False, rebuild=again if rebuild else None)
+    for ticket in range(BROKEN):
+        desk.lab.plan("scores", ticket, RuntimeError("planned"))
+        desk.submit(ticket, candidates=32)
+        if ticket < BROKEN - 1:
+            desk.lab.wait_batches(ticket + 1)
+            desk.lab.let_one()
+            desk.wait(ticket)
+    desk.submit(BROKEN, candidates=32)
+    desk.lab.wait_batches(BROKEN + 1)
+    desk.lab.let_one()
+    until(lambda: desk.dispatcher.lanes_alive == 0)
+    assert made == [], "a batch is still on it"
+    desk.lab.let(True)
+    answers = desk.wait(BROKEN - 1, BROKEN)
+    assert ok(answers[BROKEN], 32), "it came back good"
+    assert answers[BROKEN - 1].status is Status.FAILED, "it was to run elsewhere, and there is no elsewhere"
+    if not rebuild:
+        desk.wait_fatal()
+        desk.stop()
+        return
+    until(lambda: desk.dispatcher.lanes_alive == 1)
+    desk.submit(50)
+    assert ok(desk.wait(50)[50])
+    assert made == [0]
+    desk.finish()
+
+
+def test_one_lane_that_cannot_be_made_anew_does_not_end_another_that_is_being_made() -> None:
+    go, tried = threading.Event(), threading.Event()
+
+    def again(number: int) -> Sequence[Executor]:
+        if number == 1:
+            tried.set()
+            raise RuntimeError("no")
+        assert go.wait(PATIENCE)
+        desk.lab.broken_lanes.clear()
+        return fake_lane(desk.lab, 1, number)
+
+    desk = Desk(lanes=2, rebuild=again)
+    desk.lab.broken_lanes |= {0, 1}
+    ticket = 0
+    while desk.dispatcher.lanes_alive:
+        desk.submit(ticket)
+        desk.wait(ticket)
+        ticket += 1
+    assert tried.wait(PATIENCE)
+    go.set()
+    until(lambda: desk.dispatcher.lanes_alive == 1)
+    assert desk.fatal == 0
+    desk.submit(1000)
+    assert ok(desk.wait(1000)[1000])
+    desk.finish()
+
+
+def test_a_batch_that_is_launched_while_the_dispatcher_dies_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    filling, go, fill = threading.Event(), threading.Event(), FakeExecutor.fill
+
+    def slow(self: FakeExecutor, pieces: Sequence[Piece]) -> None:
+        filling.set()
+        assert go.wait(PATIENCE)
+        fill(self, pieces)
+
+    monkeypatch.setattr(FakeExecutor, "fill", slow)
+    desk = Desk(hang_seconds=0.1)
+    desk.submit(1)
+    assert filling.wait(PATIENCE)
+    desk.wait_fatal()
+    assert desk.wait(1)[1].status is Status.FAILED
+    assert desk.given == []
+    go.set()
+    desk.stop()
+    assert desk.given == [1]
+
+
 def test_a_lane_that_cannot_be_made_anew_is_left_and_without_any_it_is_fatal() -> None:
     def again(number: int) -> Sequence[Executor]:
         raise RuntimeError("no")
@@ -166,7 +259,7 @@ def test_who_has_to_make_room_is_answered() -> None:
     desk.block()
     now = 10**18
     for ticket in range(4):
-        desk.dispatcher.submit(ticket, record(ticket), now + ticket, traffic_class=1)
+        desk.hand_in(ticket, record(ticket), now + ticket, traffic_class=1)
     desk.submit(4)
     assert desk.wait(3)[3].status is Status.REFUSED
     answers = desk.finish()

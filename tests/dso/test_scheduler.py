@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from flame_jax.dso.batching import Batch, Share
 from flame_jax.dso.costs import CostModel
 from flame_jax.dso.policy import Launch
 from flame_jax.dso.scheduler import BROKEN, Flight, Limits, NoLane, Refused, Scheduler
@@ -100,16 +101,29 @@ def test_a_batch_refines_the_estimate_by_the_time_since_the_last_one_on_its_lane
         launch(books, 0.0)
     one, two = books.lanes[0].flights
     books.finished(one, 2.0)
-    assert model.seconds(SMALL, 1) == pytest.approx(1.05)
-    books.finished(two, 3.05)  # it ran for 1.05 s, behind the first
-    assert model.seconds(SMALL, 1) == pytest.approx(1.05)
+    first = model.seconds(SMALL, 1)
+    assert 1.0 < first < 2.0
+    books.finished(two, 2.0 + first)  # it ran for so long, behind the first
+    assert model.seconds(SMALL, 1) == pytest.approx(first)
+
+
+def test_the_time_of_a_batch_that_failed_is_not_the_next_ones() -> None:
+    books = scheduler(depth=2, costs=costs())
+    for ticket in (1, 2):
+        put(books, ticket, candidates=4)
+        launch(books, 0.0)
+    one, two = books.lanes[0].flights
+    books.failed(one, 20.0, by_lane=True)
+    assert books.running_since() == 20.0
+    books.finished(two, 21.0)
+    assert books.totals.busy_seconds == pytest.approx(1.0)
 
 
 def test_work_that_cannot_be_answered_in_time_is_refused_at_once() -> None:
     books = scheduler(costs=costs())
     put(books, 0, candidates=32)
     launch(books, 0.0)  # until 3.0
-    put(books, 1, due=3.5), "nothing waits: it may be tried, estimates may be wrong"
+    put(books, 1, due=3.5)  # nothing waits: it may be tried, estimates may be wrong
     with pytest.raises(Refused):
         put(books, 2, due=3.9)  # 3.0 + 1.0 is later
     put(books, 3, due=4.9)
@@ -126,6 +140,19 @@ def test_what_has_become_impossible_is_refused_and_what_is_over_expires() -> Non
     assert statuses(books.drop(2.6)) == {1: Status.REFUSED}, "1 s of work does not fit 0.9 s"
     assert statuses(books.drop(9.5)) == {2: Status.EXPIRED}
     assert (books.refused, books.expired) == (1, 1)
+
+
+def test_what_has_become_impossible_is_refused_beside_a_broken_lane_too() -> None:
+    books = scheduler(lanes=2, costs=costs())
+    for ticket in range(100, 100 + 2 * BROKEN):
+        put(books, ticket, candidates=32)
+        for flight in launch(books, 0.0):
+            (books.failed(flight, 0.0, by_lane=True) if flight.lane == 0 else books.finished(flight, 0.0))
+    assert [lane.alive for lane in books.lanes] == [False, True]
+    put(books, 0, candidates=32)
+    launch(books, 0.0)
+    put(books, 1, due=3.5)
+    assert statuses(books.drop(3.0)) == {1: Status.REFUSED}
 
 
 def test_on_an_idle_lane_the_impossible_is_tried() -> None:
@@ -181,6 +208,61 @@ def test_the_rest_of_a_failed_batch_runs_alone_and_the_one_at_fault_fails() -> N
         answers |= statuses(done)
     assert answers == {1: Status.OK, 2: Status.FAILED, 3: Status.OK}
     assert books.works == {}
+
+
+def test_a_request_in_pieces_fails_only_once_a_piece_has_failed_alone() -> None:
+    books = scheduler(depth=2, costs=costs())
+    put(books, 1, candidates=40, due=5.0)  # 32 and 8, each piece beside another request
+    put(books, 2, candidates=4, due=9.0)
+    one, two = launch(books, 0.0)
+    put(books, 3, candidates=4, due=9.0)
+    assert [tickets(one), tickets(two)] == [[1], [1, 2]]
+    assert statuses(books.finished(one, 1.0)) == {}
+    assert books.failed(two, 1.0, by_lane=True) == []
+    answers: dict[int, Status] = {}
+    while books.works:
+        for flight in launch(books, 2.0):
+            assert len(flight.parts) == 1 or 3 in tickets(flight)
+            answers |= statuses(books.finished(flight, 3.0))
+    assert answers == dict.fromkeys((1, 2, 3), Status.OK)
+
+
+def test_two_shared_batches_of_one_request_that_fail_do_not_fail_it() -> None:
+    books = scheduler(depth=2, costs=costs())
+    put(books, 1, candidates=28 + 28)
+    put(books, 2, candidates=4, due=2e6)
+    flights = []
+    for count, other in ((28, 2), (28, 3)):
+        if other == 3:
+            put(books, 3, candidates=4, due=2e6)
+        view = books.view(0.0)
+        assert view is not None
+        shares = (Share(0, count), Share(1, 4))
+        flight = books.take(Batch(LARGE, shares), view.works, 0.0)
+        assert flight is not None
+        flights.append(flight)
+    assert [tickets(flight) for flight in flights] == [[1, 2], [1, 3]]
+    assert [books.failed(flight, 1.0, by_lane=True) for flight in flights] == [[], []]
+    answers: dict[int, Status] = {}
+    while books.works:
+        for flight in launch(books, 2.0):
+            assert len(flight.parts) == 1
+            answers |= statuses(books.finished(flight, 3.0))
+    assert answers == dict.fromkeys((1, 2, 3), Status.OK)
+
+
+def test_only_what_is_left_of_a_request_counts_as_waiting() -> None:
+    books = scheduler(costs=costs())
+    put(books, 1, candidates=32 + 8)
+    assert books.queue.rows == 4 + 40
+    (flight,) = launch(books, 0.0)
+    assert books.queue.rows == 4 + 8
+    books.failed(flight, 1.0, by_lane=False)
+    put(books, 2, candidates=32 + 8)
+    (flight,) = launch(books, 2.0)
+    books.finished(flight, 3.0)
+    books.cancel(2)
+    assert books.queue.rows == 0
 
 
 def test_a_lane_whose_batches_all_fail_is_left_and_its_requests_run_elsewhere() -> None:

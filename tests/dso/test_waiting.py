@@ -69,12 +69,27 @@ def test_by_share_what_was_served_counts_and_an_absent_class_saves_nothing_up() 
         queue.add(work(ticket))
     for _ in range(2):
         first = queue.front(1, by_share=True)[0]
-        queue.remove(first)
+        first.take(4)
         queue.served(first, 1.0)
     queue.add(work(100, traffic_class=1))
     queue.add(work(101, traffic_class=1))
     # Had it saved up, both of class 1 would go first.
     assert tickets(queue.front(4, by_share=True)) in ([2, 100, 3, 101], [100, 2, 101, 3])
+
+
+def test_by_share_a_class_that_comes_to_an_empty_queue_gets_no_more_than_its_share() -> None:
+    queue = Queue([9.0, 1.0])
+    for ticket in range(1000):  # long quiet: one at a time
+        one = work(ticket)
+        queue.add(one)
+        one.take(4)
+        queue.served(one, 1.0)
+    assert len(queue) == 0
+    for ticket in range(2000, 2100):
+        queue.add(work(ticket, traffic_class=1))
+        queue.add(work(10_000 + ticket))
+    first = [each.traffic_class for each in queue.front(50, by_share=True)]
+    assert first.count(0) == pytest.approx(45, abs=2)
 
 
 def test_rows_before_a_deadline() -> None:
@@ -131,10 +146,18 @@ def test_the_limit_grows_again_and_the_overload_ends_soon_after_the_load_has_gon
     assert limit.limit > 10
 
 
+def test_a_standing_queue_before_slow_batches_is_one_too() -> None:
+    limit = QueueLimit(target=0.5, floor=10, most=1000)
+    for step in range(20):
+        limit.observe(100 + step * 10 * INTERVAL, 30.0, 20)
+    assert (limit.limit, limit.overloaded) == (10, True)
+
+
 def test_after_a_silence_nothing_is_limited() -> None:
     limit, now = QueueLimit(target=0.02, floor=10, most=1000), 100.0
     for _ in range(40):
         now += 0.01
         limit.observe(now, 0.5, 1)
+    limit.observe(now + 0.01, 0.0, 1)  # the last of them
     limit.observe(now + 5, 0.0, 1)
     assert (limit.limit, limit.overloaded) == (1000, False)

@@ -5,16 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from tests import tiny
-
-
-@pytest.fixture(scope="session")
-def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An artifact that nobody changes."""
-    path = tmp_path_factory.mktemp("pristine") / "model"
-    tiny.save_artifact(path)
-    return path
-
 
 @pytest.fixture
 def folder(pristine: Path, tmp_path: Path) -> Path:

@@ -67,6 +67,17 @@ def test_batches_in_flight_together_get_their_own_scores(engine: Engine) -> None
     assert len({a.tobytes() for a in alone}) == len(slots)
 
 
+def test_an_engine_made_anew_scores_the_same_with_the_same_weights(pristine: Path) -> None:
+    engine = Engine(Artifact(pristine), tiny.device())
+    engine.warm()
+    again = engine.reloaded()
+    assert all(one is other for one, other in zip(engine.weights, again.weights, strict=True))
+    assert again.golden_difference == engine.golden_difference
+    words = tiny.packed_slot(tiny.BUCKETS[0], [Extent(8, 5)], seed=6)[0]
+    assert again.run(tiny.BUCKETS[0], words).tobytes() == engine.run(tiny.BUCKETS[0], words).tobytes()
+    assert again._executables[tiny.BUCKETS[0]] is not engine._executables[tiny.BUCKETS[0]]
+
+
 def test_nothing_compiles_once_an_engine_is_loaded(pristine: Path) -> None:
     counter = CompileCounter()
     engine = Engine(Artifact(pristine), tiny.device())
