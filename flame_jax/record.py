@@ -94,8 +94,15 @@ class RecordLayout:
 
     def extent(self, record: np.ndarray) -> Extent:
         """Rows the whole request takes."""
-        count, _, _, *lengths = record[: self._head].tolist()
-        return Extent(max(lengths) * self._stride, count)
+        head = record[: self._head].tolist()
+        return self._extent(head, head[_COUNT])
+
+    def piece_extent(self, piece: Piece) -> Extent:
+        """Rows a piece takes."""
+        return self._extent(piece.record[: self._head].tolist(), piece.high - piece.low)
+
+    def _extent(self, head: list[int], candidates: int) -> Extent:
+        return Extent(max(head[_LENGTHS : self._head]) * self._stride, candidates)
 
     def items(self, piece: Piece) -> Iterator[np.ndarray]:
         """int32[n] item rows of a piece: of each block's history, and of its candidates."""
@@ -104,10 +111,6 @@ class RecordLayout:
             yield piece.record[at : at + length]
             at += 3 * length
         yield piece.record[at + piece.low : at + piece.high]
-
-    def piece_extent(self, piece: Piece) -> Extent:
-        """Rows a piece takes."""
-        return Extent(self.extent(piece.record).history, piece.high - piece.low)
 
     def is_whole(self, record: np.ndarray) -> bool:
         """Whether int32[n] words have the length that their head says."""
@@ -138,11 +141,12 @@ class RecordLayout:
             ValueError: the pieces do not fit the bucket.
             IndexError: the item table in host memory has no such row.
         """
-        extents = [self.piece_extent(piece) for piece in pieces]
+        heads = [piece.record[: self._body].tolist() for piece in pieces]  # plain numbers are faster one by one
+        extents = [self._extent(head, high - low) for head, (_, low, high) in zip(heads, pieces, strict=True)]
         wheres = place(extents, bucket, layout)
         copies: list[Copy] = []
-        for row, (where, piece) in enumerate(zip(wheres, pieces, strict=True)):
-            copies += self.write(slot, row, where, *piece, places)
+        for row, (where, head, piece) in enumerate(zip(wheres, heads, pieces, strict=True)):
+            copies += self._write(slot, row, where, head, piece, places)
         if self.item_table is not None:
             self.item_table.copy(copies)
         base = bucket.tokens - bucket.candidates
@@ -170,9 +174,21 @@ class RecordLayout:
         Returns:
             What is left to be copied from the item table in host memory.
         """
+        return self._write(slot, row, place, record[: self._body].tolist(), Piece(record, low, high), places)
+
+    def _write(
+        self,
+        slot: Mapping[str, np.ndarray],
+        row: int,
+        place: Place,
+        head: list[int],
+        piece: Piece,
+        places: np.ndarray | None,
+    ) -> list[Copy]:
         copies: list[Copy] = []
+        record, low, high = piece
         item, action, time = slot["item"], slot["action"], slot["time"]
-        count, scenario, now, *rest = record[: self._body].tolist()  # plain numbers are faster one by one
+        count, scenario, now, *rest = head
         lengths, words = rest[: self.blocks], rest[self.blocks :]
         own_lengths = [length * self._stride for length in lengths]
         slot["rows"][row] = (*place, high - low, scenario, now, *own_lengths)

@@ -46,7 +46,7 @@ MODES = {
     "host": Mode(
         "what dispatching costs the host, over lanes that take an H100's time and compute nothing",
         lambda args: host.measure(say, seconds=args.seconds),
-        lambda result: host.table(result["host"]),
+        host.table,
     ),
     "simulate": Mode(
         "the policies with measured batch times, without a GPU",

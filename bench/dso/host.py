@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,13 +11,18 @@ from typing import Any
 import jax
 
 from bench.artifacts import ITEMS
-from bench.dso.load import Load
+from bench.dso.load import Load, Point
 from bench.dso.simulate import LAYOUT, PAPER, SLOWER, measured
 from bench.dso.systems import emulated
-from bench.dso.traffic import paper
+from bench.dso.traffic import Mix, paper
 from flame_jax.commandline import load
+from flame_jax.config import Config
 
 LOADS = (0.5, 0.9)
+INTERVALS = (5e-3, 1e-3, 2e-4)
+"""Seconds after which Python's lock goes to a thread that waits for it; the first is Python's own choice."""
+ROUNDS, RATE = 5, 2000.0
+"""In which the intervals take turns, at so many requests per second on two lanes."""
 
 
 def measure(progress: Callable[[str], None], *, seconds: float) -> dict[str, Any]:
@@ -31,11 +38,32 @@ def measure(progress: Callable[[str], None], *, seconds: float) -> dict[str, Any
             rows.append({"lanes": lanes, "load": share} | sends.open(share * most.answered, seconds)._asdict())
         system.stop()
         progress(f"{lanes} lanes: {most.host_us_per_batch:.0f} us a batch of {most.requests_per_batch:.1f} requests")
-    return {"host": rows}
+    return {"host": rows, "switch_intervals": _intervals(config, mix, seconds / 2)}
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
+def _intervals(config: Config, mix: Mix, seconds: float) -> list[dict[str, float]]:
+    """Latency by the interpreter's switch interval: medians of rounds in which they take turns."""
+    system = emulated(config, measured(PAPER, 2), 2, jax.devices("cpu")[0])
+    sends, before = Load(system, mix, ITEMS), sys.getswitchinterval()
+    found: dict[float, list[Point]] = {interval: [] for interval in INTERVALS}
+    try:
+        for number in range(ROUNDS):
+            for interval in INTERVALS:
+                sys.setswitchinterval(interval)
+                found[interval].append(sends.open(RATE, seconds, seed=number))
+    finally:
+        sys.setswitchinterval(before)
+        system.stop()
+    return [
+        {"seconds": interval}
+        | {f"{name}_ms": statistics.median(p.ms[name] for p in points) for name in ("mean", "p99", "p99.9")}
+        for interval, points in found.items()
+    ]
+
+
+def table(result: Mapping[str, Any]) -> str:
     """Markdown."""
+    rows: Sequence[Mapping[str, Any]] = result["host"]
     lines = [
         "| lanes | load | requests/s | requests a batch | us a batch | us a request to hand in | mean ms | P99 ms |"
     ]
@@ -45,5 +73,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         f"| {r['host_us_per_batch']:.0f} | {r['host_us_per_request']:.1f} | {r['ms']['mean']:.2f} "
         f"| {r['ms']['p99']:.2f} |"
         for r in rows
+    ]
+    lines += ["", "| switch interval ms | mean ms | P99 ms | P99.9 ms |", "|" + "---|" * 4]
+    lines += [
+        f"| {row['seconds'] * 1e3:g} | {row['mean_ms']:.2f} | {row['p99_ms']:.2f} | {row['p99.9_ms']:.2f} |"
+        for row in result["switch_intervals"]
     ]
     return "\n".join(lines)

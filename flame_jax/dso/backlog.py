@@ -45,6 +45,7 @@ class Backlog:
         items: in the order in which they are served, those that some bucket has room for.
         due: by position, seconds from now.
         work: by position, rows of a history and candidates.
+        tokens: rows of all items.
 
     Raises:
         ValueError: the first request's history leaves no room for a candidate in any bucket.
@@ -65,6 +66,7 @@ class Backlog:
         ]
         if not self.items or self.items[0][0]:
             raise no_room(extents[0].history, ladder[-1])
+        self.tokens = sum([history + rows for _, history, rows in self.items])
         self._least = Room(min([history + rows for _, history, rows in self.items]), min(self._rows), 1)
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from flame_jax.dso.backlog import Backlog, Load
@@ -18,6 +18,10 @@ FEW = 4
 
 Prices = list[tuple[float, Bucket]]
 """Seconds of each bucket, the cheapest first."""
+
+
+NEAR = 0.6
+"""Of the best rate of tokens, at which a bucket is worth a try when much waits."""
 
 
 class Lanes(NamedTuple):
@@ -128,7 +132,7 @@ class Planner:
         """
         backlog, free = self._backlog, self._lanes.free
         launches: list[tuple[int, list[Load], list[Item]]] = []
-        for cap in range(len(self._ladder)):
+        for cap in self._caps():
             now, rest = backlog.pack(backlog.items, cap, free)
             if not launches or now != launches[-1][1]:
                 launches.append((cap, now, rest))
@@ -139,6 +143,18 @@ class Planner:
         for cap, now, rest in reversed(launches):
             for tail in {fastest, cap} if few and rest else (fastest,):
                 yield self._play(now, *backlog.pack(rest, tail, 2 * FEW if few else 1))
+
+    def _caps(self) -> Sequence[int]:
+        """Buckets worth a try: all of them, or, where more waits than the largest hold and nobody is in a hurry, those
+        that are not far from the best rate. With a long queue nothing else makes up for a slow launch."""
+        tokens, every = self._ladder[-1].tokens * self._lanes.free, range(len(self._ladder))
+        prices = self.prices(self._lanes.free)
+        slowest = max(price[0] for price in prices)
+        if self._backlog.tokens <= tokens or self._earliest <= self._lanes.start + 2 * slowest:
+            return every
+        rates = {bucket: bucket.tokens / seconds for seconds, bucket in prices}
+        enough = NEAR * max(rates.values())
+        return [cap for cap in every if rates[self._ladder[cap]] >= enough]
 
     def _rate(self, loads: list[Load]) -> float:
         """Useful rows per second of a lane."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import jax
@@ -104,10 +105,14 @@ def test_overload_is_measured_with_the_limits_of_servers(monkeypatch: pytest.Mon
 def test_host_costs_are_of_real_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "SLOWER", {1: (1.0, 1.0)})
     monkeypatch.setattr(host, "LOADS", (0.5,))
+    monkeypatch.setattr(host, "ROUNDS", 1)
+    before = sys.getswitchinterval()
     result = host.measure(lambda _: None, seconds=0.2)
     assert [row["load"] for row in result["host"]] == ["most", 0.5]
     assert all(row["host_us_per_batch"] > 0 and row["host_us_per_request"] > 0 for row in result["host"])
-    assert host.table(result["host"]).count("\n") == 3
+    assert [row["seconds"] for row in result["switch_intervals"]] == [*host.INTERVALS]
+    assert sys.getswitchinterval() == before
+    assert host.table(result).count("\n") == 3 + 6
 
 
 def test_a_soak_tells_memory_and_stalls(monkeypatch: pytest.MonkeyPatch) -> None:
