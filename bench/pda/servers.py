@@ -98,6 +98,10 @@ def running(folder: Path, kind: str = VALKEY, *options: str) -> Iterator[Server]
         server.stop()
 
 
+SETTLE = 5
+"""Turns of the event loop in which what was accepted becomes a connection."""
+
+
 class Proxy:
     """Passes bytes between clients and a server, as badly as told.
 
@@ -127,6 +131,11 @@ class Proxy:
         server, self._server = self._server, None
         if server is None:
             return
+        # A connection that asyncio has accepted and not yet attached when its server is closed is never closed itself.
+        for listening in server.sockets:
+            asyncio.get_running_loop().remove_reader(listening.fileno())
+        for _ in range(SETTLE):
+            await asyncio.sleep(0)
         server.close()
         while self._open:
             open_ = list(self._open)
