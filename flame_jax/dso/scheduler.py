@@ -158,9 +158,7 @@ class Scheduler:
         self.depth, self._tasks, self._on_left = depth, tasks, on_left
         self.lanes = [LaneState() for _ in range(lanes)]
         self.queue = Queue(limits.shares)
-        self.limit = QueueLimit(
-            target=limits.target_wait, floor=2 * layout.max_requests * lanes * depth, most=limits.max_queue
-        )
+        self.limit = QueueLimit(target=limits.target_wait, floor=layout.max_requests * lanes, most=limits.max_queue)
         self._alive = lanes
         self.totals = Totals()
         self.works: dict[int, Work] = {}
