@@ -16,6 +16,19 @@ from flame_jax.record import Piece
 from tests.dso.fakes import PATIENCE, Desk, FakeExecutor, fake_lane, ok, record
 
 
+def slow_to_fill(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    """Slots are being filled once the first is set, and until the second is."""
+    filling, go, fill = threading.Event(), threading.Event(), FakeExecutor.fill
+
+    def slow(self: FakeExecutor, pieces: Sequence[Piece]) -> None:
+        filling.set()
+        assert go.wait(PATIENCE)
+        fill(self, pieces)
+
+    monkeypatch.setattr(FakeExecutor, "fill", slow)
+    return filling, go
+
+
 def until(true: Callable[[], bool]) -> None:
     """Wait for something that happens at once."""
     for _ in range(int(PATIENCE / 0.001)):
@@ -179,14 +192,7 @@ def test_one_lane_that_cannot_be_made_anew_does_not_end_another_that_is_being_ma
 
 
 def test_a_batch_that_is_launched_while_the_dispatcher_dies_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    filling, go, fill = threading.Event(), threading.Event(), FakeExecutor.fill
-
-    def slow(self: FakeExecutor, pieces: Sequence[Piece]) -> None:
-        filling.set()
-        assert go.wait(PATIENCE)
-        fill(self, pieces)
-
-    monkeypatch.setattr(FakeExecutor, "fill", slow)
+    filling, go = slow_to_fill(monkeypatch)
     desk = Desk(hang_seconds=0.1)
     desk.submit(1)
     assert filling.wait(PATIENCE)
@@ -267,14 +273,7 @@ def test_who_has_to_make_room_is_answered() -> None:
 
 
 def test_a_record_goes_back_only_when_its_batch_has_been_filled(monkeypatch: pytest.MonkeyPatch) -> None:
-    filling, go, fill = threading.Event(), threading.Event(), FakeExecutor.fill
-
-    def slow(self: FakeExecutor, pieces: Sequence[Piece]) -> None:
-        filling.set()
-        assert go.wait(PATIENCE)
-        fill(self, pieces)
-
-    monkeypatch.setattr(FakeExecutor, "fill", slow)
+    filling, go = slow_to_fill(monkeypatch)
     desk = Desk()
     desk.submit(1)
     assert filling.wait(PATIENCE)
