@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -80,9 +81,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     say(mode.table(result))
     if args.out:
         Path(args.out).mkdir(parents=True, exist_ok=True)
-        Path(args.out, f"{args.mode}.json").write_text(json.dumps(about | result, indent=1) + "\n")
+        text = json.dumps(_plain(about | result), indent=1, allow_nan=False)
+        Path(args.out, f"{args.mode}.json").write_text(text + "\n")
         for name, drawing in mode.plots(result).items():
             Path(args.out, f"{name}.svg").write_text(drawing)
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it: no numbers that are none."""
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":
