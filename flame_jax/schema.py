@@ -74,7 +74,9 @@ class Feature:
     @property
     def limit(self) -> int:
         """Values as the model reads them lie in [0, limit); meaningless for numeric."""
-        return {"bits": 1 << self.size, "id": self.size + 1}.get(self.kind, self.size)
+        if self.kind == "bits":
+            return 1 << self.size  # of few bits: of another kind's size it would be a number of megabytes
+        return self.size + 1 if self.kind == "id" else self.size
 
     @property
     def rows(self) -> int:
