@@ -20,8 +20,9 @@ from typing import NamedTuple
 import numpy as np
 
 from flame_jax.dso.executor import Executor
+from flame_jax.dso.flights import Flight
 from flame_jax.dso.policy import Wait
-from flame_jax.dso.scheduler import Flight, Refused, Scheduler
+from flame_jax.dso.scheduler import Refused, Scheduler
 from flame_jax.dso.work import Done
 from flame_jax.packing import Bucket
 from flame_jax.record import Piece, RecordLayout

@@ -6,15 +6,15 @@ It has no clock and starts nothing: the dispatcher and the simulator tell it the
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from flame_jax.dso.batching import Batch
 from flame_jax.dso.costs import CostModel
+from flame_jax.dso.flights import Flight, LaneState, Totals
 from flame_jax.dso.policy import Launch, Policy, State, Wait
 from flame_jax.dso.waiting import Queue, QueueLimit
 from flame_jax.dso.work import Done, Part, Status, Work
@@ -53,68 +53,6 @@ class Limits:
     max_queue: int = 1024
     target_wait: float = 0.02
     shares: tuple[float, ...] = (1.0,)
-
-
-@dataclass
-class Totals:
-    """What has run so far.
-
-    Attributes:
-        batches: that ended.
-        rows: of requests in them.
-        tokens: of their buckets.
-        busy_seconds: for which lanes had a batch, summed over lanes.
-    """
-
-    batches: int = 0
-    rows: int = 0
-    tokens: int = 0
-    busy_seconds: float = 0.0
-
-
-@dataclass(eq=False)
-class Flight:
-    """A batch on its way.
-
-    Attributes:
-        lane: number of the lane it runs on.
-        busy: lanes that ran something when it was launched, its own among them.
-        queued: requests still waited when it was launched.
-        launched: seconds.
-        rows: of its requests.
-        useful: of these, a history of which only some candidates are in counts in proportion.
-        again: it is of one request that was in a batch that failed.
-    """
-
-    lane: int
-    bucket: Bucket
-    parts: list[Part]
-    busy: int
-    queued: bool
-    launched: float
-    rows: int
-    useful: float
-    again: bool
-
-
-@dataclass(eq=False)
-class LaneState:
-    """What one lane does.
-
-    Attributes:
-        flights: launched on it and not finished, in order.
-        free_at: when the last of them is expected to end.
-        finished: when the last batch ended.
-        failures: batches that failed in a row, of other requests each.
-        blamed: requests that were in them.
-    """
-
-    flights: deque[Flight] = field(default_factory=deque)
-    free_at: float = 0.0
-    finished: float = 0.0
-    failures: int = 0
-    blamed: set[int] = field(default_factory=set)
-    alive: bool = True
 
 
 class View(NamedTuple):

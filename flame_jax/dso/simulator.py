@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from flame_jax.dso.flights import Flight
 from flame_jax.dso.policy import Costs, Launch
-from flame_jax.dso.scheduler import Flight, Refused, Scheduler
+from flame_jax.dso.scheduler import Refused, Scheduler
 from flame_jax.dso.work import Done, Status
 from flame_jax.packing import Bucket, Extent
 

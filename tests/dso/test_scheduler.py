@@ -7,8 +7,9 @@ import pytest
 
 from flame_jax.dso.batching import Batch, Share
 from flame_jax.dso.costs import CostModel
+from flame_jax.dso.flights import Flight
 from flame_jax.dso.policy import Launch
-from flame_jax.dso.scheduler import BROKEN, Flight, Limits, NoLane, Refused, Scheduler
+from flame_jax.dso.scheduler import BROKEN, Limits, NoLane, Refused, Scheduler
 from flame_jax.dso.work import Done, Status
 from flame_jax.packing import Extent
 from tests.dso.fakes import LARGE, SMALL, record, scheduler
