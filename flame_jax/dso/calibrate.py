@@ -30,9 +30,7 @@ Measured = dict[Bucket, list[float]]
 """Per bucket, seconds of a batch with 1, 2, ... lanes busy."""
 
 
-def start_lanes(
-    engine: Engine, config: DispatchConfig, devices: Sequence[jax.Device]
-) -> tuple[list[Lane], dict[Bucket, list[float]]]:
+def start_lanes(engine: Engine, config: DispatchConfig, devices: Sequence[jax.Device]) -> tuple[list[Lane], Measured]:
     """The lanes of a version, warm, and what batches take on them.
 
     Devices are taken to be alike: the first is measured.

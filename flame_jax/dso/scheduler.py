@@ -147,7 +147,6 @@ class Scheduler:
             if victim is None:
                 self.refused += 1
                 raise Refused
-            self.queue.remove(victim)
             self.refused += 1
             evicted = self._leave([victim], Status.REFUSED)
         self.queue.add(work)
@@ -184,9 +183,8 @@ class Scheduler:
         expired = self.queue.due_by(now)
         self.expired += len(expired)
         doomed: list[Work] = []
-        if all(
-            lane.flights for lane in self.lanes if lane.alive
-        ):  # else the first of them is tried: an estimate may be wrong
+        # While a lane is idle the first of them is tried: an estimate may be wrong.
+        if all(lane.flights for lane in self.lanes if lane.alive):
             doomed = [work for work in self.queue.firsts() if work.due <= now + self._fastest(work)]
             self.refused += len(doomed)
         return self._leave(expired, Status.EXPIRED) + self._leave(doomed, Status.REFUSED)

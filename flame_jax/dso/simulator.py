@@ -7,7 +7,7 @@ What decides is the code that serves; only time is made up. Lanes of one device 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -118,8 +118,8 @@ class Simulator:
         self._arrivals: dict[int, Arrival] = {}
         self._report = Report()
 
-    def run(self, arrivals: Iterable[Arrival], until: Callable[[Report], bool] = lambda report: False) -> Report:
-        """Until every request has left, or `until` says so.
+    def run(self, arrivals: Iterable[Arrival]) -> Report:
+        """Until every request has left.
 
         Args:
             arrivals: in the order of time.
@@ -139,8 +139,6 @@ class Simulator:
             while following is not None and following.time <= self._now:
                 self._submit(following)
                 following = next(coming, None)
-            if until(self._report):
-                break
         self._report.seconds = self._now - first
         return self._report
 
