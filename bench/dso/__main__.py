@@ -36,13 +36,13 @@ MODES = {
     "table": Mode(
         "FLAME's Table 5 and a heavy-tailed mix: implicit shapes, one padded bucket, the paper's policy and ours",
         lambda args: table.measure(say, seconds=args.seconds, mixes=args.mix),
-        lambda result: table.table(result["table"]),
+        table.table,
         table.plots,
     ),
     "overload": Mode(
         "more load than there is room for",
         lambda args: overload.measure(say, seconds=args.seconds),
-        lambda result: overload.table(result["overload"]),
+        overload.table,
     ),
     "host": Mode(
         "what dispatching costs the host, over lanes that take an H100's time and compute nothing",
@@ -52,13 +52,13 @@ MODES = {
     "simulate": Mode(
         "the policies with measured batch times, without a GPU",
         lambda args: simulate.simulate(say),
-        lambda result: simulate.table(result["simulate"]),
+        simulate.table,
         simulate.plots,
     ),
     "soak": Mode(
         "80 % load for --minutes: memory and stalls",
         lambda args: soak.measure(say, minutes=args.minutes),
-        lambda result: soak.table(result["soak"]),
+        soak.table,
     ),
 }
 

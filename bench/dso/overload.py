@@ -59,7 +59,8 @@ def _recovery(load: Load, capacity: float, patience: float) -> float:
 
 def table(result: Mapping[str, Any]) -> str:
     """Markdown."""
-    rows: Sequence[Mapping[str, Any]] = result["rows"]
+    found = result["overload"]
+    rows: Sequence[Mapping[str, Any]] = found["rows"]
     best = max(row["pairs"] for row in rows)
     lines = ["| load | in time pairs/s | of the best | reach | P99 ms of answers | P99 ms of refusals | ended |"]
     lines.append("|" + "---|" * 7)
@@ -69,5 +70,5 @@ def table(result: Mapping[str, Any]) -> str:
         for row in rows
     ]
     return "\n".join(
-        [*lines, "", f"deadline {result['patience_ms']:.0f} ms; as before {result['recovery_s']:.2f} s after"]
+        [*lines, "", f"deadline {found['patience_ms']:.0f} ms; as before {found['recovery_s']:.2f} s after"]
     )

@@ -95,11 +95,11 @@ def _load(report: Report, lanes: int) -> dict[str, float]:
     }
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
+def table(result: Mapping[str, Any]) -> str:
     """Markdown."""
     lines = ["| mix | policy | lanes | pairs/s at most | at 90 %: mean ms | P99 ms | requests a batch | padding |"]
     lines.append("|" + "---|" * 8)
-    for row in rows:
+    for row in result["simulate"]:
         load = row["loads"][LOADS.index(0.9)]
         lines.append(
             f"| {row['mix']} | {row['policy']} | {row['lanes']} | {row['pairs_per_second']:,.0f} "

@@ -94,11 +94,12 @@ def _rss() -> float:
 
 def table(result: Mapping[str, Any]) -> str:
     """Markdown."""
-    parts: Sequence[Mapping[str, Any]] = result["parts"]
+    found = result["soak"]
+    parts: Sequence[Mapping[str, Any]] = found["parts"]
     warm = [part for part in parts if part["minutes"] > 2] or parts
     memory = [part["rss_mib"] for part in warm]
     return (
-        f"{parts[-1]['minutes']:.0f} minutes at {result['requests_per_second']:.0f} requests/s: memory between "
+        f"{parts[-1]['minutes']:.0f} minutes at {found['requests_per_second']:.0f} requests/s: memory between "
         f"{min(memory):.1f} and {max(memory):.1f} MiB, at the end {memory[-1] - memory[0]:+.1f}; stalls P99.9 "
-        f"{result['stall_p999_ms']:.1f} ms, at most {result['stall_max_ms']:.0f} ms"
+        f"{found['stall_p999_ms']:.1f} ms, at most {found['stall_max_ms']:.0f} ms"
     )

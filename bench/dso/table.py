@@ -89,10 +89,10 @@ def _within(load: Load, limit: float, most: float, seconds: float) -> float:
     return low
 
 
-def table(tables: Sequence[Mapping[str, Any]]) -> str:
+def table(result: Mapping[str, Any]) -> str:
     """Markdown, one table a mix."""
     lines: list[str] = []
-    for one in tables:
+    for one in result["table"]:
         first = one["rows"][0]
         lines += [
             f"**{one['mix']}**, the same load is {COMMON:.0%} of the first row's",

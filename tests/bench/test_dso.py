@@ -75,7 +75,7 @@ def test_the_simulation_has_a_row_for_every_policy_and_number_of_lanes(monkeypat
     assert len(rows) == 2 * 2 * 3
     for mix in ("paper", "heavy"):
         assert rows[mix, "deadline_cost", 1] > rows[mix, "descending", 1], "batching requests is worth something"
-    assert simulate.table(result["simulate"]).count("\n") == 13
+    assert simulate.table(result).count("\n") == 13
     assert simulate.plots(result).keys() == {"simulate_paper", "simulate_heavy"}
 
 
@@ -120,7 +120,7 @@ def test_overload_is_measured_with_the_limits_of_servers(monkeypatch: pytest.Mon
     one, eight = result["overload"]["rows"]
     assert set(eight["outcomes"]) <= {"ok", "refused", "expired"}
     assert eight["outcomes"].get("refused", 0) > one["outcomes"].get("refused", 0)
-    assert "| 8x |" in overload.table(result["overload"])
+    assert "| 8x |" in overload.table(result)
 
 
 def test_host_costs_are_of_real_threads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +144,7 @@ def test_a_soak_tells_memory_and_stalls(monkeypatch: pytest.MonkeyPatch) -> None
     parts = result["soak"]["parts"]
     assert len(parts) >= 2
     assert all(part["rss_mib"] > 50 and set(part["outcomes"]) == {"ok"} for part in parts)
-    assert "memory between" in soak.table(result["soak"])
+    assert "memory between" in soak.table(result)
 
 
 def test_a_drawing_has_a_line_and_a_name_for_every_curve() -> None:
