@@ -21,6 +21,7 @@ NOTHING = -1
 """Item or action row of a history row that has none, where events are interleaved."""
 
 _COUNT, _SCENARIO, _TIME, _LENGTHS = range(4)
+_ITEM, _ACTION, _WHEN = range(3)
 
 
 class BlockEvents(NamedTuple):
@@ -144,9 +145,13 @@ class RecordLayout:
         heads = [piece.record[: self._body].tolist() for piece in pieces]  # plain numbers are faster one by one
         extents = [self._extent(head, high - low) for head, (_, low, high) in zip(heads, pieces, strict=True)]
         wheres = place(extents, bucket, layout)
+        # Candidates lie together at the end, with gaps that no request's row points at.
+        slot["action"][:, wheres[-1].candidate_start :] = self.candidate_action
+        self._write_requests(slot, 0, heads, wheres, extents)
+        events = _events(slot)
         copies: list[Copy] = []
-        for row, (where, head, piece) in enumerate(zip(wheres, heads, pieces, strict=True)):
-            copies += self._write(slot, row, where, head, piece, places)
+        for where, head, piece in zip(wheres, heads, pieces, strict=True):
+            copies += self._write_piece(slot, events, where, head, piece, places)
         if self.item_table is not None:
             self.item_table.copy(copies)
         base = bucket.tokens - bucket.candidates
@@ -174,54 +179,84 @@ class RecordLayout:
         Returns:
             What is left to be copied from the item table in host memory.
         """
-        return self._write(slot, row, place, record[: self._body].tolist(), Piece(record, low, high), places)
+        head = record[: self._body].tolist()
+        slot["action"][:, place.candidate_start : place.candidate_start + high - low] = self.candidate_action
+        self._write_requests(slot, row, [head], [place], [self._extent(head, high - low)])
+        return self._write_piece(slot, _events(slot), place, head, Piece(record, low, high), places)
 
-    def _write(
+    def _write_requests(
         self,
         slot: Mapping[str, np.ndarray],
         row: int,
+        heads: Sequence[Sequence[int]],
+        places: Sequence[Place],
+        extents: Sequence[Extent],
+    ) -> None:
+        """Fill request rows from `row` on, and the features of these requests."""
+        rows = slice(row, row + len(heads))
+        slot["rows"][rows] = [
+            (*place, extent.candidates, head[_SCENARIO], head[_TIME], *self._history_rows(head))
+            for place, extent, head in zip(places, extents, heads, strict=True)
+        ]
+        for number, name in enumerate(self._request_fields, self._head):
+            slot[name].view(np.int32)[rows] = [head[number] for head in heads]
+
+    def _history_rows(self, head: Sequence[int]) -> Sequence[int]:
+        lengths = head[_LENGTHS : self._head]
+        return lengths if self._stride == 1 else [length * self._stride for length in lengths]
+
+    def _write_piece(
+        self,
+        slot: Mapping[str, np.ndarray],
+        events: np.ndarray,
         place: Place,
-        head: list[int],
+        head: Sequence[int],
         piece: Piece,
         places: np.ndarray | None,
     ) -> list[Copy]:
+        """Copy histories and candidates, without the candidates' actions."""
         copies: list[Copy] = []
         record, low, high = piece
-        item, action, time = slot["item"], slot["action"], slot["time"]
-        count, scenario, now, *rest = head
-        lengths, words = rest[: self.blocks], rest[self.blocks :]
-        own_lengths = [length * self._stride for length in lengths]
-        slot["rows"][row] = (*place, high - low, scenario, now, *own_lengths)
-        for name, word in zip(self._request_fields, words, strict=True):
-            slot[name].view(np.int32)[row] = word
-
-        at = self._body
-        for block, length in enumerate(lengths):
-            items, actions, times = record[at : at + 3 * length].reshape(3, length)
+        at, start = self._body, place.history_start
+        for block, length in enumerate(head[_LENGTHS : self._head]):
+            history = record[at : at + 3 * length].reshape(3, length)
             at += 3 * length
-            rows = slice(place.history_start, place.history_start + length * self._stride)
             if self._stride == 1:
-                item[block, rows], action[block, rows], time[block, rows] = items, actions, times
+                events[:, block, start : start + length] = history
             else:
-                item[block, rows], action[block, rows] = NOTHING, NOTHING
-                item[block, rows][::2], action[block, rows][1::2] = items, actions
-                time[block, rows] = np.repeat(times, 2)
+                _interleave(events[:, block, start : start + 2 * length], history)
             if self.item_table is not None:
-                copies.append(_embed(slot, block, rows, self._stride, items, _look_up(items, places)))
+                rows, found = slice(start, start + length * self._stride), _look_up(history[0], places)
+                copies.append(_embed(slot, block, rows, self._stride, history[0], found))
         rows = slice(place.candidate_start, place.candidate_start + high - low)
-        item[:, rows] = record[at + low : at + high]
-        action[:, rows] = self.candidate_action
-        time[:, rows] = now
+        candidates = record[at + low : at + high]
+        events[_ITEM, :, rows] = candidates
+        events[_WHEN, :, rows] = head[_TIME]
         if self.item_table is not None:
-            candidates = record[at + low : at + high]
             found = _look_up(candidates, places)
             copies += [_embed(slot, block, rows, 1, candidates, found) for block in range(self.blocks)]
         for name in self._item_fields:
-            at += count
+            at += head[_COUNT]
             column = slot[name].view(np.int32)
-            first = place.candidate_start - (item.shape[1] - len(column))
+            first = place.candidate_start - (events.shape[2] - len(column))
             column[first : first + high - low] = record[at + low : at + high]
         return copies
+
+
+def _events(slot: Mapping[str, np.ndarray]) -> np.ndarray:
+    """int32[3, blocks, T]: `item`, `action` and `time` of a slot as one view; `slot_layout` puts them at equal
+    distances."""
+    item, action, time = (slot[name] for name in ("item", "action", "time"))
+    distance = action.ctypes.data - item.ctypes.data
+    assert time.ctypes.data - action.ctypes.data == distance
+    return np.lib.stride_tricks.as_strided(item, (3, *item.shape), (distance, *item.strides))
+
+
+def _interleave(rows: np.ndarray, history: np.ndarray) -> None:
+    """Each event of int32[3, n] becomes two rows of int32[3, 2 n]: its item, and then its action."""
+    rows[_ITEM, ::2], rows[_ITEM, 1::2] = history[_ITEM], NOTHING
+    rows[_ACTION, ::2], rows[_ACTION, 1::2] = NOTHING, history[_ACTION]
+    rows[_WHEN, ::2] = rows[_WHEN, 1::2] = history[_WHEN]
 
 
 def _look_up(items: np.ndarray, places: np.ndarray | None) -> Found | None:

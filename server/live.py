@@ -141,7 +141,6 @@ class LiveModel:
             measured,
             shares=list(config.server.traffic_classes.values()),
             lanes=len(lanes),
-            tasks=len(manifest.schema.tasks),
             on_left=self.records.give,
         )
         self.dispatcher = Dispatcher(

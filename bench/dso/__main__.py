@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import shlex
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -35,13 +36,13 @@ class Mode(NamedTuple):
 MODES = {
     "table": Mode(
         "FLAME's Table 5 and a heavy-tailed mix: implicit shapes, one padded bucket, the paper's policy and ours",
-        lambda args: table.measure(say, seconds=args.seconds, mixes=args.mix),
+        lambda args: table.measure(say, args.artifacts, seconds=args.seconds, mixes=args.mix),
         table.table,
         table.plots,
     ),
     "overload": Mode(
         "more load than there is room for",
-        lambda args: overload.measure(say, seconds=args.seconds),
+        lambda args: overload.measure(say, args.artifacts, seconds=args.seconds),
         overload.table,
     ),
     "host": Mode(
@@ -57,7 +58,7 @@ MODES = {
     ),
     "soak": Mode(
         "80 % load for --minutes: memory and stalls",
-        lambda args: soak.measure(say, minutes=args.minutes),
+        lambda args: soak.measure(say, args.artifacts, minutes=args.minutes),
         soak.table,
     ),
 }
@@ -73,11 +74,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="of each load of --table, --overload (%(default)s)")
     parser.add_argument("--mix", action="append", choices=("paper", "heavy"), help="of --table; both, if not said")
     parser.add_argument("--minutes", type=float, default=30.0, help="of --soak (%(default)s)")
+    parser.add_argument(
+        "--artifacts", type=Path, metavar="DIR", help="takes the models that are built, or has them already"
+    )
     parser.add_argument("--commit", help="commit of this checkout, for the result file")
     args = parser.parse_args(argv)
     mode = MODES[args.mode]
     about = describe(shlex.join(["python", "-m", "bench.dso", f"--{args.mode}", "--out", "DIR"]), args.commit)
-    result = mode.run(args)
+    with tempfile.TemporaryDirectory() as scratch:
+        args.artifacts = args.artifacts or Path(scratch)
+        result = mode.run(args)
     say(mode.table(result))
     if args.out:
         Path(args.out).mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,11 +24,11 @@ PATIENCE_BATCHES = 20
 LANES = 2
 
 
-def measure(progress: Callable[[str], None], *, seconds: float) -> dict[str, Any]:
+def measure(progress: Callable[[str], None], artifacts: Path, *, seconds: float) -> dict[str, Any]:
     """The paper's mix at 1 to 10 times capacity, with the limits that servers have; and after it has gone."""
     device = jax.devices()[0]
     scale = scale_of("paper", device)
-    engine = engine_of(scale.config, scale.buckets, device)
+    engine = engine_of(scale.config, scale.buckets, device, artifacts / scale.mix.name)
     engines = [lane.engine for lane in make_lanes(engine, LANES, [device], memory=0.05)]
     measured = calibrate(engines)
     patience = max(0.02, PATIENCE_BATCHES * max(measured[max(measured)]))

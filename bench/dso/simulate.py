@@ -56,7 +56,7 @@ def run(policy: str, lanes: int, mix: Mix, buckets: Sequence[tuple[int, int]], r
     """One load on one policy."""
     costs = measured(buckets, lanes)
     any_config: dict[str, Any] = {"policy": policy, "max_queue": 100_000, "target_wait_ms": 1e6}
-    scheduler = make_scheduler(DispatchConfig(**any_config), LAYOUT, costs, shares=[1.0], lanes=lanes, tasks=1)
+    scheduler = make_scheduler(DispatchConfig(**any_config), LAYOUT, costs, shares=[1.0], lanes=lanes)
     seconds = min(SECONDS, MOST / rate)
     return Simulator(scheduler, CostModel(costs), host=HOST).run(mix.arrivals(rate, seconds, patience=patience))
 

@@ -52,11 +52,11 @@ class Stalls:
         self._thread.join()
 
 
-def measure(progress: Callable[[str], None], *, minutes: float) -> dict[str, Any]:
+def measure(progress: Callable[[str], None], artifacts: Path, *, minutes: float) -> dict[str, Any]:
     """The heavy-tailed mix, our policy, two lanes."""
     device = jax.devices()[0]
     scale = scale_of("heavy", device)
-    engine = engine_of(scale.config, scale.buckets, device)
+    engine = engine_of(scale.config, scale.buckets, device, artifacts / scale.mix.name)
     system = batching(
         scale.config, [lane.engine for lane in make_lanes(engine, 2, [device], memory=0.05)], "deadline_cost"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -13,7 +12,6 @@ import jax
 import numpy as np
 
 from bench.artifacts import untrained
-from bench.dso.traffic import Mix
 from flame_jax.config import Config
 from flame_jax.dso.calibrate import calibrate
 from flame_jax.dso.costs import CostModel
@@ -24,9 +22,8 @@ from flame_jax.dso.work import Done
 from flame_jax.fke.artifact import Artifact
 from flame_jax.fke.build import Builder, build
 from flame_jax.fke.engine import Engine
-from flame_jax.models.serving import rank_function, served_slot
+from flame_jax.models.serving import served_slot
 from flame_jax.packing import Bucket, Extent
-from flame_jax.pallas_kernels.kernels import REFERENCE
 from flame_jax.pda.page_lock import Memory, PageLock
 from flame_jax.record import BlockEvents, RecordLayout
 
@@ -34,41 +31,23 @@ DEPTH = 2
 """Batches that may be on a lane."""
 
 
-def engine_of(config: Config, buckets: Sequence[tuple[int, int]], device: jax.Device) -> Engine:
-    """An untrained model, compiled for these buckets, loaded and warm."""
-    with tempfile.TemporaryDirectory() as scratch:
-        path = str(Path(scratch) / "artifact")
-        export = replace(config.export, artifact=path, buckets=tuple(buckets), platform="", device_kind="")
+def built(config: Config, buckets: Sequence[tuple[int, int]], builder: Builder, path: Path) -> Artifact:
+    """An untrained model, compiled for these buckets, at `path` unless it is there."""
+    if not path.exists():
+        export = replace(config.export, artifact=str(path), buckets=tuple(buckets), platform="", device_kind="")
         config = replace(config, export=export)
-        build(config, untrained(config), Builder(device, progress=False))
-        engine = Engine(Artifact(Path(path)), device)
+        build(config, untrained(config), builder)
+    artifact = Artifact(path)
+    if set(artifact.manifest.buckets) != {Bucket(*bucket) for bucket in buckets}:
+        raise ValueError(f"{path} is of other buckets: {artifact.manifest.buckets}")
+    return artifact
+
+
+def engine_of(config: Config, buckets: Sequence[tuple[int, int]], device: jax.Device, path: Path) -> Engine:
+    """What `built` makes, loaded and warm; further lanes load it from there."""
+    engine = Engine(built(config, buckets, Builder(device, progress=False), path), device)
     engine.warm()
     return engine
-
-
-class Implicit:
-    """In an engine's place: `jax.jit` of the model, for the exact shape of each request, compiled beforehand."""
-
-    def __init__(self, config: Config, mix: Mix, engine: Engine) -> None:
-        layout, manifest = config.layout, engine.manifest
-        sizes = {layout.aligned_extent(shape) for shape in mix.shapes}
-        self.buckets = tuple(sorted({Bucket(sum(size), size.candidates) for size in sizes}))
-        self.slots = {b: served_slot(config.model, config.schema, layout, b) for b in self.buckets}
-        chosen: dict[str, Any] = dict(manifest.kernels)
-        kernels = REFERENCE._replace(**chosen)
-        items = engine.vocabularies.items.rows
-        self._weights = engine.weights
-        self._rank = {}
-        with jax.default_matmul_precision(config.export.matmul_precision):
-            for bucket, slot in self.slots.items():
-                rank = jax.jit(rank_function(config.model, config.schema, layout, slot, items, kernels))
-                rank(self._weights, np.zeros(slot.words, np.int32)).block_until_ready()
-                self._rank[bucket] = rank
-
-    def launch(self, bucket: Bucket, words: np.ndarray, hot: Any = None) -> jax.Array:
-        """See `Engine.launch`."""
-        scores: jax.Array = self._rank[bucket](self._weights, words)
-        return scores
 
 
 class Emulated:
@@ -116,9 +95,7 @@ class System:
         page_locked: bool,
     ) -> None:
         self.records, self.lanes, ladder = RecordLayout(config.schema), len(lanes), tuple(sorted(measured))
-        self.scheduler = make_scheduler(
-            config.dispatch, config.layout, measured, shares=[1.0], lanes=len(lanes), tasks=len(config.schema.tasks)
-        )
+        self.scheduler = make_scheduler(config.dispatch, config.layout, measured, shares=[1.0], lanes=len(lanes))
         self.answered: Callable[[list[Done]], None] = lambda done: None
         executors = []
         for runs, device in lanes:
@@ -144,11 +121,10 @@ def _fatal() -> None:
     raise RuntimeError("the dispatcher died")
 
 
-def implicit(config: Config, mix: Mix, engine: Engine) -> System:
-    """Row (a): one `jax.jit` call per request, in its own shape; two in flight."""
-    runs = Implicit(config, mix, engine)
-    alone = {bucket: [1e-3] for bucket in runs.buckets}
-    return System(_dispatch(config, policy="descending"), [(runs, engine.device)], alone, page_locked=False)
+def implicit(config: Config, engine: Engine) -> System:
+    """Row (a): one call per request, of the program for its exact shape, in the order of arrival; two in flight."""
+    alone = {bucket: [1e-3] for bucket in engine.slots}
+    return System(_dispatch(config, policy="descending"), [(engine, engine.device)], alone, page_locked=False)
 
 
 def padded(config: Config, engine: Engine) -> System:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,15 +30,17 @@ COMMON = 0.9
 Make = Callable[[], System]
 
 
-def rows_of(scale: Scale, device: jax.Device) -> Iterator[tuple[str, Make]]:
+def rows_of(scale: Scale, device: jax.Device, artifacts: Path) -> Iterator[tuple[str, Make]]:
     """The rows of one mix, made one after the other."""
     config, mix = scale.config, scale.mix
-    engine = engine_of(config, scale.buckets, device)
+    engine = engine_of(config, scale.buckets, device, artifacts / mix.name)
     engines = [lane.engine for lane in make_lanes(engine, max(scale.lanes), [device], memory=0.05)]
     if scale.implicit:
-        yield "a: implicit shape", partial(implicit, config, mix, engine)
+        exact = engine_of(config, mix.exact(config.layout), device, artifacts / f"{mix.name}_implicit")
+        yield "a: implicit shape", partial(implicit, config, exact)
     largest = config.layout.aligned_extent(mix.longest)
-    single = engine_of(config, [Bucket(sum(largest), largest.candidates)], device)
+    bucket = Bucket(sum(largest), largest.candidates)
+    single = engine_of(config, [bucket], device, artifacts / f"{mix.name}_padded")
     yield "b: padded to one bucket", partial(padded, config, single)
     yield f"c: descending, {len(engines)} lanes", partial(batching, config, engines, "descending")
     for count in scale.lanes:
@@ -45,13 +48,15 @@ def rows_of(scale: Scale, device: jax.Device) -> Iterator[tuple[str, Make]]:
             yield f"d: ours, {count} lanes", partial(batching, config, engines[:count], "deadline_cost")
 
 
-def measure(progress: Callable[[str], None], *, seconds: float, mixes: Sequence[str] | None) -> dict[str, Any]:
+def measure(
+    progress: Callable[[str], None], artifacts: Path, *, seconds: float, mixes: Sequence[str] | None
+) -> dict[str, Any]:
     """Every row of every mix."""
     device, tables = jax.devices()[0], []
     for name in mixes or ("paper", "heavy"):
         scale, rows = scale_of(name, device), list[dict[str, Any]]()
         common = 0.0
-        for row, make in rows_of(scale, device):
+        for row, make in rows_of(scale, device, artifacts):
             system = make()
             load = Load(system, scale.mix, ITEMS)
             load.closed(scale.inside, seconds / 2)  # the costs settle

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from flame_jax.dso.simulator import Arrival
-from flame_jax.packing import Extent
+from flame_jax.packing import Bucket, Extent, Layout
 
-SHAPES = 48
+SHAPES = 16
 """Distinct sizes of the heavy-tailed mix: as many programs serve implicit shapes."""
 
 
@@ -29,6 +29,11 @@ class Mix:
     def longest(self) -> Extent:
         """The longest history, and the most candidates."""
         return Extent(max(shape.history for shape in self.shapes), max(shape.candidates for shape in self.shapes))
+
+    def exact(self, layout: Layout) -> list[Bucket]:
+        """A bucket for each size, no larger than it must be, and, as ladders end with it, one for all of them."""
+        sizes = {layout.aligned_extent(shape) for shape in (*self.shapes, self.longest)}
+        return sorted({Bucket(sum(size), size.candidates) for size in sizes})
 
     @property
     def mean_candidates(self) -> float:
@@ -50,7 +55,7 @@ def paper(blocks: int, scale: int = 1) -> Mix:
     return Mix("paper", tuple(Extent(history, candidates // scale) for candidates in (128, 256, 512, 1024)))
 
 
-def heavy(blocks: int, scale: int = 1, seed: int = 0) -> Mix:
+def heavy(blocks: int, scale: int = 1, seed: int = 3) -> Mix:
     """History log-normal between 64 and 4,096 events, candidates between 16 and 2,048; both `scale` times smaller."""
     random = np.random.default_rng(seed)
     events = np.clip(np.exp(random.normal(np.log(512), 1.0, SHAPES)), 64, 4096) / blocks / scale

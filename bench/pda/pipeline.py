@@ -121,7 +121,6 @@ class Pipeline:
             {bucket: [BATCH_SECONDS] for bucket in ladder},
             shares=[1.0],
             lanes=1,
-            tasks=len(config.schema.tasks),
             on_left=records.give,
         )
         self._dispatcher = Dispatcher(

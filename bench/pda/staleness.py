@@ -98,7 +98,7 @@ class _World:
         record = self.assembler.assemble(request, used).record
         self._executor.fill([Piece(record, 0, len(candidates.items))])
         self._executor.launch()
-        return candidates.labels[:, 0] > 0, self._executor.scores()[0][:, 0]
+        return candidates.labels[:, 0] > 0, self._executor.scores()[0].values[:, 0]
 
 
 def staleness(config: Config, progress: Callable[[str], None], cases: Sequence[Case] = CASES) -> dict[str, Any]:

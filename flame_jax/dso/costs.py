@@ -1,4 +1,4 @@
-"""How long batches take: measured before the first call, refined by every batch since."""
+"""How long batches take, on their lane and before: measured before the first call, refined by every batch since."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from flame_jax.packing import Bucket
 
 WEIGHT = 0.05
 """Of one batch in an estimate that has seen many; the first ones count more."""
-OUTLIER = 4.0
+OUTLIER = 2.0
 """A batch counts as so many times the estimate at most: one that was held up says little of the next."""
 MEASURED = 5
 """Batches that a measurement before the first call counts for."""
@@ -17,6 +17,30 @@ STALE = 1000
 """Batches of others after which an estimate is not taken for granted."""
 LOOK = 100
 """Batches between two looks for such estimates."""
+
+
+class Lead:
+    """Seconds from a decision until its first batch is on its lane: the mean of late, and how far off it they are.
+
+    Args:
+        seconds: where nothing has been seen yet; 0 if that is not known.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._mean, self._apart = seconds, 0.0
+
+    @property
+    def seconds(self) -> float:
+        """That mostly are enough."""
+        return self._mean + self._apart
+
+    def observe(self, seconds: float) -> None:
+        """It took so long this time."""
+        if not self._mean:
+            self._mean = seconds
+        apart = min(seconds, OUTLIER * self.seconds) - self._mean
+        self._mean += WEIGHT * apart
+        self._apart += WEIGHT * (abs(apart) - self._apart)
 
 
 class _Place(NamedTuple):

@@ -30,12 +30,11 @@ class DeadlineCost:
     Args:
         costs: what `seconds` says may change between decisions.
         max_wait: seconds after its submission for which a request's launch on an idle lane may be put off.
-        lead: seconds from a decision until its batches can start to run.
     """
 
-    def __init__(self, ladder: Ladder, layout: Layout, costs: Costs, *, max_wait: float, lead: float) -> None:
+    def __init__(self, ladder: Ladder, layout: Layout, costs: Costs, *, max_wait: float) -> None:
         self._ladder, self._layout, self._costs = ladder, layout, costs
-        self._max_wait, self._lead = max_wait, lead
+        self._max_wait = max_wait
 
     def decide(self, state: State) -> Launch | Wait:
         """What to launch now, or until when to wait.
@@ -45,10 +44,10 @@ class DeadlineCost:
         """
         backlog = Backlog(state.waiting[:LOOK], state.now, self._ladder, self._layout)
         if state.idle:
-            lanes = Lanes(self._lead, min(state.idle, state.places), state.busy, state.arrivals)
+            lanes = Lanes(state.lead, min(state.idle, state.places), state.busy, state.arrivals)
         else:
             # A batch launched now follows one that runs, in its place.
-            start = max(self._lead, state.next_idle - state.now)
+            start = max(state.lead, state.next_idle - state.now)
             lanes = Lanes(start, 1, max(0, state.busy - 1), state.arrivals)
         planner = Planner(backlog, self._ladder, self._costs, lanes)
         plan = planner.best()
@@ -65,7 +64,7 @@ class DeadlineCost:
         full = load.tokens == bucket.tokens or load.candidates == bucket.candidates
         if rest or full or load.requests == self._layout.max_requests or len(state.waiting) > LOOK:
             return state.now
-        return state.next_idle - self._lead
+        return state.next_idle - state.lead
 
     def _for_company(self, state: State, backlog: Backlog, planner: Planner, plan: Plan) -> float:
         """Until when the last idle lane is kept for one more request than wait."""
@@ -88,4 +87,4 @@ class DeadlineCost:
         if together >= apart:
             return state.now
         oldest = min(request.since for request in state.waiting)
-        return min(oldest + self._max_wait, state.now + min(backlog.due) - self._lead - both)
+        return min(oldest + self._max_wait, state.now + min(backlog.due) - state.lead - both)

@@ -199,8 +199,8 @@ class Dispatcher:
     def _dispatch_loop(self) -> None:
         try:
             while (batches := self._next_batches()) is not None:
-                for flight, executor in batches:
-                    self._launch(flight, executor)
+                for number, (flight, executor) in enumerate(batches):
+                    self._launch(flight, executor, first=number == 0)
         finally:
             # Behind everything that was launched: no batch may be left that nobody waits for.
             self._ended.set()
@@ -240,7 +240,7 @@ class Dispatcher:
         self._changed.wait_for(lambda: self._changes != seen, timeout)
         self._wants_requests = True
 
-    def _launch(self, flight: Flight, executor: Executor) -> None:
+    def _launch(self, flight: Flight, executor: Executor, *, first: bool) -> None:
         begun = time.monotonic_ns()
         try:
             executor.fill([Piece(work.record, low, high) for work, low, high in flight.parts])
@@ -259,6 +259,7 @@ class Dispatcher:
             work.assemble_ns += launched - begun
             if not work.launched_ns:
                 work.queue_ns, work.launched_ns = begun - int(work.since * 1e9), launched
+        self._scheduler.began(flight, time.monotonic(), first=first)
         self._launched[flight.lane].put(_Launched(flight, executor, launched))
 
     def _completion(self, number: int) -> Callable[[], None]:
@@ -271,17 +272,14 @@ class Dispatcher:
     def _complete(self, flight: Flight, executor: Executor, launched_ns: int) -> None:
         try:
             scores = executor.scores()
-            for (work, low, high), values in zip(flight.parts, scores, strict=True):
-                work.scores[low:high] = values
         except Exception:
             log.exception("batch of bucket %s failed", flight.bucket)
             self._failed(flight, executor, by_lane=True)
             return
-        finite = [bool(np.isfinite(work.scores[low:high]).all()) for work, low, high in flight.parts]
         with self._changed:
             finished_ns = time.monotonic_ns()
-            for (work, _, _), numbers in zip(flight.parts, finite, strict=True):
-                work.finite &= numbers
+            for (work, low, _), (values, finite) in zip(flight.parts, scores, strict=True):
+                work.put(low, values, finite=finite)
                 work.compute_ns = max(work.compute_ns, finished_ns - (work.launched_ns or launched_ns))
             self._free[flight.lane][flight.bucket].append(executor)
             done = self._scheduler.finished(flight, finished_ns / 1e9)

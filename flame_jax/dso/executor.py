@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -13,6 +14,18 @@ from flame_jax.pda.hot_rows import Held, HotRows
 from flame_jax.pda.page_lock import PageLock
 from flame_jax.pda.staging import Slot
 from flame_jax.record import Piece, RecordLayout
+
+
+class Scored(NamedTuple):
+    """Of one piece.
+
+    Attributes:
+        values: float32[count, tasks], for reading; part of what the whole batch's scores lie in.
+        finite: all of them are numbers.
+    """
+
+    values: np.ndarray
+    finite: bool
 
 
 class Executor:
@@ -40,6 +53,7 @@ class Executor:
         self._hot = hot
         self._held: Held | None = None
         self._rows: list[slice] = []
+        self._finite = np.empty(0, np.bool_)
         self._result: jax.Array | None = None
 
     def fill(self, pieces: Sequence[Piece]) -> None:
@@ -70,15 +84,19 @@ class Executor:
             self._end()
             raise
 
-    def scores(self) -> list[np.ndarray]:
-        """Wait for the launched batch: float32[count, tasks] per piece, in the order filled."""
+    def scores(self) -> list[Scored]:
+        """Wait for the launched batch; its pieces in the order filled."""
         assert self._result is not None, "nothing was launched"
         try:
             result = np.asarray(self._result)
         finally:
             self._result = None
             self._end()
-        return [result[rows] for rows in self._rows]
+        if self._finite.shape != result.shape:
+            self._finite = np.empty(result.shape, np.bool_)
+        # Mostly the whole batch is fine, and its pieces need no look of their own.
+        fine = bool(np.isfinite(result, out=self._finite).all())
+        return [Scored(result[rows], fine or bool(self._finite[rows].all())) for rows in self._rows]
 
     def _end(self) -> None:
         self._held = None

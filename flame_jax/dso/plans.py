@@ -20,7 +20,7 @@ Prices = list[tuple[float, Bucket]]
 """Seconds of each bucket, the cheapest first."""
 
 
-NEAR = 0.6
+NEAR = 0.8
 """Of the best rate of tokens, at which a bucket is worth a try when much waits."""
 
 

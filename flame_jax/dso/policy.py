@@ -40,6 +40,7 @@ class State(NamedTuple):
         idle: lanes that run nothing.
         busy: lanes that run something.
         next_idle: when a lane is expected to run nothing; `now` if one does.
+        lead: seconds from `now` until what is launched can start to run.
     """
 
     now: float
@@ -49,6 +50,7 @@ class State(NamedTuple):
     idle: int
     busy: int
     next_idle: float
+    lead: float = 0.0
 
 
 class Launch(NamedTuple):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from flame_jax.dso.batching import Batch
-from flame_jax.dso.costs import CostModel
+from flame_jax.dso.costs import CostModel, Lead
 from flame_jax.dso.flights import Flight, LaneState, Totals
 from flame_jax.dso.policy import Launch, Policy, State, Wait
 from flame_jax.dso.waiting import Queue, QueueLimit
@@ -68,7 +68,7 @@ class Scheduler:
     Args:
         lanes: how many there are.
         depth: batches that may be on a lane at the same time: one that runs, others that wait on the device.
-        tasks: scores per candidate.
+        lead: see `Lead`.
         on_left: told the record of a request that has left and that no batch reads any more; not of one that `submit`
             refused.
 
@@ -89,21 +89,23 @@ class Scheduler:
         *,
         lanes: int,
         depth: int,
-        tasks: int,
+        lead: float = 0.0,
         on_left: Callable[[np.ndarray], None] = lambda record: None,
     ) -> None:
         self._ladder, self._layout, self.costs, self._policy = ladder, layout, costs, policy
-        self.depth, self._tasks, self._on_left = depth, tasks, on_left
+        self.depth, self._on_left = depth, on_left
         self.lanes = [LaneState() for _ in range(lanes)]
         self.queue = Queue(limits.shares)
         self.limit = QueueLimit(target=limits.target_wait, floor=layout.max_requests * lanes, most=limits.max_queue)
-        self._alive = lanes
+        self._alive, self._lead = lanes, Lead(lead)
         self.totals = Totals()
         self.works: dict[int, Work] = {}
         self.launched: dict[Bucket, int] = dict.fromkeys(ladder, 0)
         self.expired = self.refused = self.retried = 0
         self._arrivals = self._arrived = 0.0
+        self._came = 0
         largest = ladder[-1]
+        self._longest = (largest.tokens - 1) // layout.align * layout.align
         self._rows_per_second = largest.tokens * lanes / costs.seconds(largest, lanes)
 
     @property
@@ -124,9 +126,9 @@ class Scheduler:
         self, ticket: int, record: np.ndarray, extent: Extent, *, now: float, due: float, traffic_class: int
     ) -> Work:
         """A request of these rows. Raises ValueError where no bucket holds it."""
-        if min(extent.candidates, capacity(self._ladder[-1], extent.history, self._layout)) < 1:
+        if extent.candidates < 1 or extent.history > self._longest:
             raise ValueError(f"no bucket holds a request of {extent}")
-        return Work(ticket, record, extent, tasks=self._tasks, since=now, due=due, traffic_class=traffic_class)
+        return Work(ticket, record, extent, since=now, due=due, traffic_class=traffic_class)
 
     def submit(self, work: Work, now: float) -> list[Done]:
         """Let a request wait; the answer of one that had to make room for it, if any.
@@ -134,8 +136,7 @@ class Scheduler:
         Raises:
             Refused: there is no room, or no time; `NoLane` where nothing can run.
         """
-        self._arrivals = self._arrivals_now(now) + 1 / ARRIVALS
-        self._arrived = now
+        self._came += 1
         if not self._alive:
             raise NoLane
         if self._late(work, now):
@@ -155,9 +156,11 @@ class Scheduler:
 
     def _late(self, work: Work, now: float) -> bool:
         """Whether it can't be answered in time. Where nothing waits it is tried: an estimate may be wrong."""
+        if not self.queue.rows:
+            return False
         # Mostly there is time for all that waits, and no need to look closer.
         most = self.backlog() + (self.depth + 1) * self.costs.seconds(self._ladder[-1], len(self.lanes))
-        if not len(self.queue) or now + most < work.due:
+        if now + most < work.due:
             return False
         ahead = self.queue.rows_before(work.due, work.traffic_class, by_share=self.limit.overloaded)
         begins = max(now, self._next_idle(now)) + ahead / self._rows_per_second
@@ -191,6 +194,7 @@ class Scheduler:
 
     def view(self, now: float) -> View | None:
         """What a policy is shown; None where nothing waits, or nothing can be launched."""
+        self._count_arrivals(now)
         open_lanes = [lane for lane in self.lanes if lane.alive]
         places = sum(self.depth - len(lane.flights) for lane in open_lanes)
         if not places or not len(self.queue):
@@ -200,11 +204,12 @@ class Scheduler:
         state = State(
             now=now,
             waiting=[work.shown for work in works],
-            arrivals=self._arrivals_now(now),
+            arrivals=self._arrivals,
             places=places,
             idle=idle,
             busy=len(open_lanes) - idle,
             next_idle=self._next_idle(now),
+            lead=self._lead.seconds,
         )
         return View(state, works)
 
@@ -237,11 +242,18 @@ class Scheduler:
         lane = self.lanes[number]
         busy = sum(bool(other.flights) for other in self.lanes if other is not lane) + 1
         flight = Flight(number, batch.bucket, parts, busy, bool(len(self.queue)), now, rows, useful, again)
-        lane.free_at = max(now, lane.free_at if lane.flights else now) + self.costs.seconds(batch.bucket, busy)
+        begins = now + self._lead.seconds
+        lane.free_at = max(begins, lane.free_at if lane.flights else begins) + self.costs.seconds(batch.bucket, busy)
         lane.flights.append(flight)
         self.launched[batch.bucket] += 1
         self.limit.observe(now, self.backlog(), len(parts))
         return flight
+
+    def began(self, flight: Flight, now: float, *, first: bool) -> None:
+        """A batch of a launch is on its lane; the first of them, or one behind others. In the order of `take`."""
+        if first:
+            self._lead.observe(now - flight.launched)
+        flight.launched = now
 
     def finished(self, flight: Flight, now: float) -> list[Done]:
         """A batch's scores are there; the answers of requests that it completed."""
@@ -263,7 +275,7 @@ class Scheduler:
         for work, _, _ in flight.parts:
             self._ended(work)
             if not work.outstanding and not work.todo and not work.left:
-                done += self._leave([work], Status.OK if work.finite else Status.NOT_FINITE)
+                done.append(self._answer(work, Status.OK if work.finite else Status.NOT_FINITE))
         return done + self._stranded()
 
     def failed(self, flight: Flight, now: float, *, by_lane: bool) -> list[Done]:
@@ -319,13 +331,16 @@ class Scheduler:
         return lane
 
     def _leave(self, works: Sequence[Work], status: Status) -> list[Done]:
-        for work in works:
-            self._gone(work)
-        return [work.done(status) for work in works]
+        return [self._answer(work, status) for work in works]
+
+    def _answer(self, work: Work, status: Status) -> Done:
+        self._gone(work)
+        return work.done(status)
 
     def _gone(self, work: Work) -> None:
         work.left = True
-        self.queue.remove(work)
+        if work.queued:
+            self.queue.remove(work)
         del self.works[work.ticket]
         if not work.outstanding:
             self._on_left(work.record)
@@ -336,8 +351,12 @@ class Scheduler:
         if work.left and not work.outstanding:
             self._on_left(work.record)
 
+    def _count_arrivals(self, now: float) -> None:
+        """Those since the last time came evenly."""
+        passed = max(now - self._arrived, 1e-9)
+        new = -math.expm1(-passed / ARRIVALS)
+        self._arrivals += new * (self._came / passed - self._arrivals)
+        self._arrived, self._came = now, 0
+
     def _next_idle(self, now: float) -> float:
         return max(now, min((lane.free_at if lane.flights else now for lane in self.lanes if lane.alive), default=now))
-
-    def _arrivals_now(self, now: float) -> float:
-        return self._arrivals * math.exp(min(0.0, self._arrived - now) / ARRIVALS)

@@ -145,14 +145,14 @@ class Simulator:
     def _running(self) -> list[Flight]:
         """The first of every lane, once the host has launched it."""
         firsts = [lane.flights[0] for lane in self._scheduler.lanes if lane.flights]
-        return [flight for flight in firsts if flight.launched + self._host <= self._now + 1e-12]
+        return [flight for flight in firsts if flight.launched <= self._now + 1e-12]
 
     def _next_end(self) -> float:
         """When the next batch ends, or begins, if nothing else happens."""
         running = self._running()
         ends = [self._now + self._left[id(f)] * self._costs.seconds(f.bucket, len(running)) for f in running]
         firsts = [lane.flights[0] for lane in self._scheduler.lanes if lane.flights]
-        begins = [f.launched + self._host for f in firsts if f not in running]
+        begins = [f.launched for f in firsts if f not in running]
         return min((*ends, *begins), default=math.inf)
 
     def _advance(self, time: float) -> None:
@@ -202,6 +202,7 @@ class Simulator:
                 if flight is not None:
                     self._left[id(flight)] = 1.0
                     self._host_free = max(self._now, self._host_free) + self._host
+                    self._scheduler.began(flight, self._host_free, first=True)
 
     def _end(self, done: list[Done]) -> None:
         self._report.ended += [Ended(self._arrivals[d.ticket], d.status, self._now) for d in done]

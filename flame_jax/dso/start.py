@@ -16,14 +16,14 @@ from flame_jax.fke.buckets import Ladder
 from flame_jax.packing import Bucket, Layout
 
 LEAD = 3e-4
-"""Seconds from a decision until its batch can run: filling its slot and the copy to the device."""
+"""Seconds from a decision until its batch can run, before any has: filling its slot and the copy to the device."""
 
 
 def make_policy(config: DispatchConfig, ladder: Ladder, layout: Layout, costs: Costs) -> Policy:
     """The policy of that name."""
     if config.policy == "descending":
         return Descending(ladder, layout)
-    return DeadlineCost(ladder, layout, costs, max_wait=config.max_wait_us / 1e6, lead=LEAD)
+    return DeadlineCost(ladder, layout, costs, max_wait=config.max_wait_us / 1e6)
 
 
 def make_scheduler(
@@ -33,7 +33,6 @@ def make_scheduler(
     *,
     shares: Sequence[float],
     lanes: int,
-    tasks: int,
     on_left: Callable[[np.ndarray], None] = lambda record: None,
 ) -> Scheduler:
     """The books of a dispatcher.
@@ -47,5 +46,5 @@ def make_scheduler(
     limits = Limits(config.max_queue, config.target_wait_ms / 1e3, tuple(shares))
     policy = make_policy(config, ladder, layout, costs)
     return Scheduler(
-        ladder, layout, costs, policy, limits, lanes=lanes, depth=config.executors, tasks=tasks, on_left=on_left
+        ladder, layout, costs, policy, limits, lanes=lanes, depth=config.executors, lead=LEAD, on_left=on_left
     )

@@ -28,7 +28,7 @@ class Done(NamedTuple):
     """One finished request.
 
     Attributes:
-        scores: float32[C, tasks] in the request's candidate order; None unless OK.
+        scores: float32[C, tasks] in the request's candidate order, for reading; None unless OK.
         queue_ns: from submission to the first launch.
         assemble_ns: copying into slots, summed over its pieces.
         compute_ns: from the first launch to the last result; pieces overlap.
@@ -50,8 +50,11 @@ class Work:
     Attributes:
         rows: history and candidates, its size in estimates.
         todo: candidates [low, high) that no batch has taken yet.
+        scores: float32[C, tasks], as far as they are there.
+        finite: these are all numbers.
         shown: what a policy sees of it, while there is something to do.
         queued: it waits, in whole or in part.
+        rows_left: of what no batch has taken yet, with the history; 0 where there is nothing.
         rows_counted: rows with which it counts in the queue.
         alone: it was in a batch that failed, and runs once more by itself.
         outstanding: pieces under way.
@@ -60,8 +63,8 @@ class Work:
 
     __slots__ = (
         "alone", "assemble_ns", "batches", "compute_ns", "due", "extent", "finite", "launched_ns", "left",
-        "outstanding", "queue_ns", "queued", "record", "rows", "rows_counted", "scores", "shown", "since", "ticket",
-        "todo", "traffic_class",
+        "outstanding", "queue_ns", "queued", "record", "rows", "rows_counted", "rows_left", "scores", "shown", "since",
+        "ticket", "todo", "traffic_class",
     )  # fmt: skip
 
     def __init__(
@@ -70,25 +73,20 @@ class Work:
         record: np.ndarray,
         extent: Extent,
         *,
-        tasks: int,
         since: float,
         due: float,
         traffic_class: int,
     ) -> None:
-        self.ticket, self.record, self.extent, self.rows = ticket, record, extent, sum(extent)
+        self.ticket, self.record, self.extent = ticket, record, extent
+        self.rows = self.rows_left = extent.history + extent.candidates
         self.since, self.due, self.traffic_class = since, due, traffic_class
-        self.scores = np.empty((extent.candidates, tasks), np.float32)
+        self.scores: np.ndarray | None = None
         self.todo = [(0, extent.candidates)]
         self.outstanding = self.batches = self.rows_counted = 0
         self.queue_ns = self.assemble_ns = self.compute_ns = self.launched_ns = 0
         self.alone = self.left = self.queued = False
         self.finite = True
         self.shown = Waiting(extent, since, due)
-
-    @property
-    def rows_left(self) -> int:
-        """Of what no batch has taken yet, with the history."""
-        return self.extent.history + sum(high - low for low, high in self.todo) if self.todo else 0
 
     def take(self, count: int) -> tuple[int, int]:
         """The next `count` candidates [low, high) go into a batch."""
@@ -102,6 +100,18 @@ class Work:
         self.batches += 1
         return low, low + count
 
+    def put(self, low: int, values: np.ndarray, *, finite: bool) -> None:
+        """Scores float32[count, tasks] of the candidates from `low` on are there, for reading; copied only if they are
+        not all."""
+        candidates = self.extent.candidates
+        if len(values) == candidates:
+            self.scores = values
+        else:
+            if self.scores is None:
+                self.scores = np.empty((candidates, values.shape[1]), np.float32)
+            self.scores[low : low + len(values)] = values
+        self.finite &= finite
+
     def again(self, low: int, high: int) -> None:
         """A batch with these candidates failed: they run once more, and share no batch with others."""
         self.alone = True
@@ -109,7 +119,10 @@ class Work:
         self._show()
 
     def _show(self) -> None:
-        if self.todo:
+        if not self.todo:
+            self.rows_left = 0
+        else:
+            self.rows_left = self.extent.history + sum(high - low for low, high in self.todo)
             low, high = self.todo[0]
             self.shown = Waiting(Extent(self.extent.history, high - low), self.since, self.due, self.alone)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -12,40 +12,29 @@ import numpy as np
 import pytest
 
 from bench.dso import __main__ as command
-from bench.dso import host, overload, simulate, soak, systems, table
+from bench.dso import host, overload, simulate, soak, table
 from bench.dso.curves import draw
 from bench.dso.load import Load
 from bench.dso.scale import Scale, scale_of
 from bench.dso.systems import emulated
 from bench.dso.traffic import Mix, heavy, paper
-from flame_jax.config import Config
-from flame_jax.fke.engine import Engine
 from flame_jax.packing import Bucket, Extent
 
 
 def small(name: str, device: jax.Device) -> Scale:
     """Two sizes of request, two buckets."""
     config = scale_of("paper", device).config
-    mix = Mix(name, (Extent(16, 8), Extent(64, 24)))
+    mix = Mix("small", (Extent(16, 8), Extent(64, 24)))
     return Scale(config, mix, ((128, 32), (512, 128)), (1, 2), implicit=True, inside=8)
 
 
 @pytest.fixture(scope="module")
-def engines() -> Iterator[None]:
-    """Each engine is built once."""
-    built: dict[tuple[tuple[int, int], ...], Engine] = {}
-
-    def engine_of(config: Config, buckets: Sequence[tuple[int, int]], device: jax.Device) -> Engine:
-        key = tuple((tokens, candidates) for tokens, candidates in buckets)
-        if key not in built:
-            built[key] = systems.engine_of(config, buckets, device)
-        return built[key]
-
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Each is built once."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (table, overload, soak):
-            patch.setattr(module, "engine_of", engine_of)
             patch.setattr(module, "scale_of", small)
-        yield
+        yield tmp_path_factory.mktemp("artifacts")
 
 
 def test_the_papers_mix_and_the_heavy_tailed_one() -> None:
@@ -100,11 +89,12 @@ def test_every_request_of_a_load_is_counted_once() -> None:
         system.stop()
 
 
-@pytest.mark.usefixtures("engines")
-def test_the_table_compares_all_ways(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_table_compares_all_ways(artifacts: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(table, "STEPS", 1)
     monkeypatch.setattr(table, "SHARES", (0.5,))
-    command.main(["--table", "--mix", "paper", "--seconds", "0.1", "--out", str(tmp_path)])
+    command.main(
+        ["--table", "--mix", "paper", "--seconds", "0.1", "--artifacts", str(artifacts), "--out", str(tmp_path)]
+    )
     result = json.loads((tmp_path / "table.json").read_text())
     (paper_table,) = result["table"]
     names = [row["row"][0] for row in paper_table["rows"]]
@@ -113,10 +103,9 @@ def test_the_table_compares_all_ways(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert (tmp_path / "paper_p99.svg").read_text().count("<polyline") == 5
 
 
-@pytest.mark.usefixtures("engines")
-def test_overload_is_measured_with_the_limits_of_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overload_is_measured_with_the_limits_of_servers(artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(overload, "TIMES", {1.0: 1.0, 8.0: 0.7})
-    result = overload.measure(lambda _: None, seconds=0.3)
+    result = overload.measure(lambda _: None, artifacts, seconds=0.3)
     one, eight = result["overload"]["rows"]
     assert set(eight["outcomes"]) <= {"ok", "refused", "expired"}
     assert eight["outcomes"].get("refused", 0) > one["outcomes"].get("refused", 0)
@@ -136,11 +125,10 @@ def test_host_costs_are_of_real_threads(monkeypatch: pytest.MonkeyPatch) -> None
     assert host.table(result).count("\n") == 3 + 6
 
 
-@pytest.mark.usefixtures("engines")
-def test_a_soak_tells_memory_and_stalls(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_soak_tells_memory_and_stalls(artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(soak, "PART", 0.2)
     monkeypatch.setattr(soak, "SETTLE", 0.2)
-    result = soak.measure(lambda _: None, minutes=0.01)
+    result = soak.measure(lambda _: None, artifacts, minutes=0.01)
     parts = result["soak"]["parts"]
     assert len(parts) >= 2
     assert all(part["rss_mib"] > 50 and set(part["outcomes"]) == {"ok"} for part in parts)

@@ -14,7 +14,7 @@ import numpy as np
 from flame_jax.dso.batching import next_batch
 from flame_jax.dso.costs import CostModel
 from flame_jax.dso.dispatcher import Dispatcher
-from flame_jax.dso.executor import Executor
+from flame_jax.dso.executor import Executor, Scored
 from flame_jax.dso.policy import Launch, State
 from flame_jax.dso.scheduler import Limits, Scheduler
 from flame_jax.dso.work import Done, Status
@@ -159,7 +159,7 @@ class FakeExecutor(Executor):
                 raise RuntimeError("the lane is broken")
             self._state = "launched"
 
-    def scores(self) -> list[np.ndarray]:
+    def scores(self) -> list[Scored]:
         with self._only("scores"):
             if self._state != "launched":
                 self._lab.broken.append(f"read while {self._state}")
@@ -174,7 +174,8 @@ class FakeExecutor(Executor):
                 tokens = slice(where.candidate_start, where.candidate_start + extent.candidates)
                 rows = slice(tokens.start - base, tokens.stop - base)
                 item = fields["item"][0, tokens] + fields["item.weight"][rows]
-                answers.append(np.stack([item, fields["time"][0, tokens]], 1).astype(np.float32))
+                values = np.stack([item, fields["time"][0, tokens]], 1).astype(np.float32)
+                answers.append(Scored(values, bool(np.isfinite(values).all())))
             self._words = np.full_like(self._words, -1)
             return answers
 
@@ -218,7 +219,7 @@ def scheduler(
     """The books of a dispatcher over fake executors; batches are expected to take no time to speak of."""
     costs = costs or CostModel({bucket: [1e-6] for bucket in LADDER})
     limits = limits or Limits(max_queue=1000, target_wait=60.0)
-    return Scheduler(LADDER, LAYOUT, costs, Greedy(), limits, lanes=lanes, depth=depth, tasks=2, on_left=on_left)
+    return Scheduler(LADDER, LAYOUT, costs, Greedy(), limits, lanes=lanes, depth=depth, on_left=on_left)
 
 
 class Desk:

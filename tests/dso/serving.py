@@ -56,7 +56,7 @@ def served(lanes: Sequence[Lane], requests: int = 60) -> Counter[jax.Device]:
 
     config = DispatchConfig(executors=1, max_queue=requests, target_wait_ms=1e6)
     costs = {tiny.BUCKETS[0]: [1e-3] * len(lanes)}
-    scheduler = make_scheduler(config, tiny.LAYOUT, costs, shares=[1.0], lanes=len(lanes), tasks=len(tiny.SCHEMA.tasks))
+    scheduler = make_scheduler(config, tiny.LAYOUT, costs, shares=[1.0], lanes=len(lanes))
     dispatcher = Dispatcher(
         [[executor] for executor in executors], scheduler, RECORDS, on_done=on_done, on_fatal=finished.set
     )
@@ -77,7 +77,7 @@ def scored(engine: Engine, record: np.ndarray) -> np.ndarray:
     executor = Executor(engine, tiny.BUCKETS[0], RECORDS, tiny.LAYOUT, PageLock(engine.device))
     executor.fill([Piece(record, 0, RECORDS.extent(record).candidates)])
     executor.launch()
-    return executor.scores()[0]
+    return executor.scores()[0].values
 
 
 def counting(engine: Engine, ran: Counter[jax.Device]) -> Any:

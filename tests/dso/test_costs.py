@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flame_jax.dso.costs import LOOK, MEASURED, OUTLIER, STALE, WEIGHT, CostModel
+from flame_jax.dso.costs import LOOK, MEASURED, OUTLIER, STALE, WEIGHT, CostModel, Lead
 from flame_jax.packing import Bucket
 
 SMALL, LARGE = Bucket(16, 8), Bucket(64, 32)
@@ -32,6 +32,17 @@ def test_one_batch_that_was_held_up_counts_as_a_few() -> None:
     costs = CostModel({SMALL: [1.0]})
     costs.observe(SMALL, 1, 1000.0)
     assert costs.seconds(SMALL, 1) == pytest.approx(1.0 + (OUTLIER - 1) / (MEASURED + 1))
+
+
+def test_a_lead_is_mostly_enough_whether_it_is_steady_or_not() -> None:
+    steady, varied = Lead(1.0), Lead(1.0)
+    for number in range(400):
+        steady.observe(3.0)
+        varied.observe(2.0 + 2.0 * (number % 2))
+    assert steady.seconds == pytest.approx(3.0, rel=1e-3), "the same mean"
+    assert varied.seconds == pytest.approx(4.0, rel=0.1), "one more for its spread"
+    steady.observe(1000.0)
+    assert steady.seconds < 3.5, "what was held up once says little of the next"
 
 
 @pytest.mark.parametrize(

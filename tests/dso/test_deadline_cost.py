@@ -25,12 +25,12 @@ def asked(
     waiting: list[Waiting], costs: Table = COSTS, layout: Layout = ALIGN_4, **state: float
 ) -> tuple[Batch, ...] | float:
     """The launch, or until when it waits. At 100 ms; one lane, which is idle, unless told otherwise."""
-    policy = DeadlineCost(LADDER, layout, costs, max_wait=state.pop("max_wait", 2.0), lead=state.pop("lead", 0.0))
+    policy = DeadlineCost(LADDER, layout, costs, max_wait=state.pop("max_wait", 2.0))
     idle, busy = int(state.pop("idle", 1)), int(state.pop("busy", 0))
     arrivals, next_idle = state.pop("arrivals", 0.0), state.pop("next_idle", 100.0)
-    places = int(state.pop("places", max(1, idle)))
+    places, lead = int(state.pop("places", max(1, idle))), state.pop("lead", 0.0)
     assert not state
-    decision = policy.decide(State(100.0, waiting, arrivals, places, idle, busy, next_idle))
+    decision = policy.decide(State(100.0, waiting, arrivals, places, idle, busy, next_idle, lead))
     return decision.batches if isinstance(decision, Launch) else decision.until
 
 
@@ -202,7 +202,7 @@ def test_a_history_that_leaves_no_room_for_a_candidate_is_refused(idle: int) -> 
 
 def test_no_more_than_the_front_of_a_long_queue_is_looked_at() -> None:
     roomy = Layout(align=1, max_requests=4 * LOOK)
-    batch = DeadlineCost((Bucket(512, 512),), roomy, Table({Bucket(512, 512): 1.0}), max_wait=1.0, lead=0.0)
+    batch = DeadlineCost((Bucket(512, 512),), roomy, Table({Bucket(512, 512): 1.0}), max_wait=1.0)
     decision = batch.decide(State(100.0, [waiting(0, 1)] * (LOOK + 1), 1e6, 1, 1, 0, 100.0))
     assert decision == Launch((Batch(Bucket(512, 512), tuple(Share(n, 1) for n in range(LOOK))),))
 
@@ -227,14 +227,14 @@ def states(draw: st.DrawFn) -> State:
     idle, busy = draw(st.integers(0, 3)), draw(st.integers(0, 2))
     places = draw(st.integers(1, 4))
     next_idle = 100.0 if idle else draw(st.floats(99.0, 110.0))
-    return State(100.0, draw(REQUESTS), draw(st.floats(0, 3)), places, idle, max(busy, not idle), next_idle)
+    return State(100.0, draw(REQUESTS), draw(st.floats(0, 3)), places, idle, max(busy, not idle), next_idle, 0.25)
 
 
 SLOWING = Table(COSTS.alone, (1.0, 1.25, 1.5, 1.75, 2.0))
 
 
-def decide(state: State, lead: float = 0.25) -> Launch | Wait:
-    return DeadlineCost(LADDER, ALIGN_4, SLOWING, max_wait=MAX_WAIT, lead=lead).decide(state)
+def decide(state: State) -> Launch | Wait:
+    return DeadlineCost(LADDER, ALIGN_4, SLOWING, max_wait=MAX_WAIT).decide(state)
 
 
 @settings(max_examples=300)
@@ -302,7 +302,7 @@ def test_launch_after_launch_serves_every_candidate_once(requests: list[Waiting]
 
 
 def ours(case: Case) -> DeadlineCost:
-    return DeadlineCost(case.ladder, LAYOUT, case.costs, max_wait=0.0, lead=0.0)
+    return DeadlineCost(case.ladder, LAYOUT, case.costs, max_wait=0.0)
 
 
 def test_requests_of_one_size_are_as_seldom_late_as_can_be_on_lanes_that_do_not_slow_each_other() -> None:

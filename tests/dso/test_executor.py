@@ -22,29 +22,32 @@ FIELDS = slot_layout(SCHEMA, LAYOUT, SMALL)
 class LateResult:
     """Scores that are read from the slot only when somebody waits for them, as a device might that is slow."""
 
-    def __init__(self, words: np.ndarray, error: Exception | None) -> None:
-        self._words, self._error = words, error
+    def __init__(self, words: np.ndarray, error: Exception | None, no_numbers: slice) -> None:
+        self._words, self._error, self._no_numbers = words, error, no_numbers
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if self._error is not None:
             raise self._error
         fields = FIELDS.views(self._words)
         items = fields["item"][0, -SMALL.candidates :] + fields["item.weight"]
-        return np.stack([items, fields["time"][0, -SMALL.candidates :]], axis=1).astype(np.float32)
+        scores = np.stack([items, fields["time"][0, -SMALL.candidates :]], axis=1).astype(np.float32)
+        scores[self._no_numbers] = np.nan
+        return scores
 
 
 class SlowEngine:
-    """One bucket; errors as told."""
+    """One bucket; errors, and rows of scores that are no numbers, as told."""
 
     def __init__(self) -> None:
         self.slots = {SMALL: FIELDS}
         self.launching: Exception | None = None
         self.running: Exception | None = None
+        self.no_numbers = slice(0, 0)
 
     def launch(self, bucket: Bucket, words: np.ndarray, hot: jax.Array | None = None) -> LateResult:
         if self.launching is not None:
             raise self.launching
-        return LateResult(words, self.running)
+        return LateResult(words, self.running, self.no_numbers)
 
 
 @pytest.fixture
@@ -65,8 +68,19 @@ def test_scores_are_of_the_batch_that_was_launched(executor: Executor) -> None:
     for ticket in (7, 8):
         executor.fill([piece(ticket)])
         executor.launch()
-        (scores,) = executor.scores()
-        np.testing.assert_array_equal(scores, expected(ticket))
+        (scored,) = executor.scores()
+        np.testing.assert_array_equal(scored.values, expected(ticket))
+
+
+def test_scores_that_are_no_numbers_are_told_of_their_piece_and_padding_is_nobodys(
+    executor: Executor, engine: SlowEngine
+) -> None:
+    # Aligned, from the right: rows 4 to 7 are the first piece's, 0 to 4 the second's, row 7 is nobody's.
+    for rows, finite in ((slice(0, 0), [True, True]), (slice(7, 8), [True, True]), (slice(2, 3), [True, False])):
+        engine.no_numbers = rows
+        executor.fill([piece(1, 3), piece(2, 4)])
+        executor.launch()
+        assert [scored.finite for scored in executor.scores()] == finite
 
 
 def test_who_fills_a_slot_in_flight_is_refused_and_spoils_nothing(executor: Executor) -> None:
@@ -87,10 +101,10 @@ def test_who_fills_a_slot_in_flight_is_refused_and_spoils_nothing(executor: Exec
     for thread in threads:
         thread.join()
     assert len(refused) == 200
-    np.testing.assert_array_equal(executor.scores()[0], expected(7))
+    np.testing.assert_array_equal(executor.scores()[0].values, expected(7))
     executor.fill([piece(8)])
     executor.launch()
-    np.testing.assert_array_equal(executor.scores()[0], expected(8))
+    np.testing.assert_array_equal(executor.scores()[0].values, expected(8))
 
 
 @pytest.mark.parametrize("stage", ["fill", "launch", "scores"])
@@ -113,4 +127,4 @@ def test_a_batch_that_fails_frees_its_slot(executor: Executor, engine: SlowEngin
     engine.launching = engine.running = None
     executor.fill([piece(5)])
     executor.launch()
-    np.testing.assert_array_equal(executor.scores()[0], expected(5))
+    np.testing.assert_array_equal(executor.scores()[0].values, expected(5))

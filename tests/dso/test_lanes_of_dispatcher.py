@@ -6,10 +6,9 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import pytest
 
-from flame_jax.dso.executor import Executor
+from flame_jax.dso.executor import Executor, Scored
 from flame_jax.dso.scheduler import BROKEN, Limits, Refused
 from flame_jax.dso.work import Status
 from flame_jax.record import Piece
@@ -242,12 +241,8 @@ def test_a_batch_that_takes_a_while_is_no_hang() -> None:
 def test_a_score_that_is_no_number_fails_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     scores = FakeExecutor.scores
 
-    def some_nan(self: FakeExecutor) -> list[np.ndarray]:
-        found = scores(self)
-        for ticket, values in zip(self._tickets, found, strict=True):
-            if ticket == 2:
-                values[1, 0] = np.nan
-        return found
+    def some_nan(self: FakeExecutor) -> list[Scored]:
+        return [each._replace(finite=ticket != 2) for ticket, each in zip(self._tickets, scores(self), strict=True)]
 
     monkeypatch.setattr(FakeExecutor, "scores", some_nan)
     desk = Desk(open=False)

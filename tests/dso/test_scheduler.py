@@ -108,6 +108,29 @@ def test_a_batch_refines_the_estimate_by_the_time_since_the_last_one_on_its_lane
     assert model.seconds(SMALL, 1) == pytest.approx(first)
 
 
+def test_filling_a_batch_is_no_time_of_its_lane_and_is_reckoned_with_the_next_time() -> None:
+    model = costs()
+    books = scheduler(costs=model)
+    put(books, 1, candidates=4)
+    launch(books, 0.0)
+    (flight,) = books.lanes[0].flights
+    books.began(flight, 0.5, first=True)
+    books.finished(flight, 0.5 + model.seconds(SMALL, 1))
+    assert model.seconds(SMALL, 1) == pytest.approx(costs().seconds(SMALL, 1))
+    for ticket in range(2, 202):
+        put(books, ticket, float(ticket), candidates=4)
+        launch(books, float(ticket))
+        (flight,) = books.lanes[0].flights
+        books.began(flight, ticket + 0.5, first=True)
+        books.finished(flight, ticket + 1.5)
+    put(books, 300, 300.0)
+    view = books.view(300.0)
+    assert view is not None
+    assert view.state.lead == pytest.approx(0.5, rel=0.05)
+    launch(books, 300.0)
+    assert books.lanes[0].free_at == pytest.approx(300.5 + model.seconds(SMALL, 1), abs=0.05)
+
+
 def test_the_time_of_a_batch_that_failed_is_not_the_next_ones() -> None:
     books = scheduler(depth=2, costs=costs())
     for ticket in (1, 2):

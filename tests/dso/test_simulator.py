@@ -82,7 +82,7 @@ class Never:
 
 
 def test_a_policy_that_leaves_requests_waiting_for_ever_is_told_of() -> None:
-    books = Scheduler(LADDER, LAYOUT, CostModel(COSTS), Never(), Limits(), lanes=1, depth=1, tasks=1)
+    books = Scheduler(LADDER, LAYOUT, CostModel(COSTS), Never(), Limits(), lanes=1, depth=1)
     with pytest.raises(RuntimeError, match="for ever"):
         Simulator(books, CostModel(COSTS)).run([Arrival(0.0, Extent(0, 8))])
 
@@ -106,7 +106,7 @@ def test_every_request_ends_once_and_every_batch_runs(
     arrivals: list[Arrival], policy: str, lanes: int, depth: int
 ) -> None:
     config = DispatchConfig(policy=policy, executors=depth, max_queue=10, target_wait_ms=500.0)  # type: ignore[arg-type]
-    books = make_scheduler(config, LAYOUT, COSTS, shares=[2.0, 1.0], lanes=lanes, tasks=1)
+    books = make_scheduler(config, LAYOUT, COSTS, shares=[2.0, 1.0], lanes=lanes)
     arrivals = sorted(arrivals, key=lambda arrival: arrival.time)
     report = Simulator(books, CostModel(COSTS), host=0.01).run(arrivals)
     assert sorted(map(id, (end.arrival for end in report.ended))) == sorted(map(id, arrivals))

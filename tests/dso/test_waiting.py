@@ -14,7 +14,7 @@ from flame_jax.packing import Extent
 
 def work(ticket: int, due: float = 1.0, traffic_class: int = 0, rows: int = 8) -> Work:
     extent = Extent(rows - 4, 4)
-    return Work(ticket, np.zeros(0, np.int32), extent, tasks=1, since=0.0, due=due, traffic_class=traffic_class)
+    return Work(ticket, np.zeros(0, np.int32), extent, since=0.0, due=due, traffic_class=traffic_class)
 
 
 def tickets(works: list[Work]) -> list[int]:

@@ -122,7 +122,7 @@ def scores_of(artifact: Artifact, user: int) -> np.ndarray:
     executor = Executor(engine, tiny.BUCKETS[0], assembler.layout, tiny.LAYOUT, PageLock(engine.device))
     executor.fill([Piece(assembler.assemble(request, fetched).record, 2, 10)])
     executor.launch()
-    return executor.scores()[0]
+    return executor.scores()[0].values
 
 
 def test_where_the_table_lies_is_chosen_at_export_and_changes_no_score(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_an_executor_scores_the_same_while_other_rows_are_held(tmp_path: Path, m
             another()
             step()
         another()
-        assert changing.scores()[0].tobytes() == right.tobytes()
+        assert changing.scores()[0].values.tobytes() == right.tobytes()
     assert len(chosen) > 3
 
     lanes_hold_the_same_rows(artifact, piece, right)
@@ -220,7 +220,7 @@ def lanes_hold_the_same_rows(artifact: Artifact, piece: Piece, right: np.ndarray
 def scored(executor: Executor, piece: Piece) -> np.ndarray:
     executor.fill([piece])
     executor.launch()
-    return executor.scores()[0]
+    return executor.scores()[0].values
 
 
 async def served_while_rows_change(engine: Engine, piece: Piece, right: np.ndarray) -> None:
