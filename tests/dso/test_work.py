@@ -29,7 +29,7 @@ def test_scores_of_pieces_come_in_the_order_of_candidates_whichever_is_first() -
     one = work(5)
     one.put(3, scores(4, 5), finite=True)
     one.put(0, scores(1, 2, 3), finite=False)
-    np.testing.assert_array_equal(one.done(Status.OK).scores, scores(1, 2, 3, 4, 5))  # type: ignore[arg-type]
+    np.testing.assert_array_equal(one.done(Status.OK).scores, scores(1, 2, 3, 4, 5))
     assert not one.finite
 
 
