@@ -21,7 +21,7 @@ NOTHING = -1
 """Item or action row of a history row that has none, where events are interleaved."""
 
 _COUNT, _SCENARIO, _TIME, _LENGTHS = range(4)
-_ITEM, _ACTION, _WHEN = range(3)
+_ITEM = 0
 
 
 class BlockEvents(NamedTuple):
@@ -145,13 +145,18 @@ class RecordLayout:
         heads = [piece.record[: self._body].tolist() for piece in pieces]  # plain numbers are faster one by one
         extents = [self._extent(head, high - low) for head, (_, low, high) in zip(heads, pieces, strict=True)]
         wheres = place(extents, bucket, layout)
-        # Candidates lie together at the end, with gaps that no request's row points at.
-        slot["action"][:, wheres[-1].candidate_start :] = self.candidate_action
+        # Candidates lie together at the end, the first piece's last, with gaps that no request's row points at.
+        first = wheres[-1].candidate_start
+        ends = [bucket.tokens, *(where.candidate_start for where in wheres[:-1])]
+        spans = [end - where.candidate_start for end, where in zip(ends, wheres, strict=True)]
+        slot["action"][:, first:] = self.candidate_action
+        times = np.array([head[_TIME] for head in reversed(heads)], np.int32)
+        slot["time"][:, first:] = np.repeat(times, spans[::-1])
         self._write_requests(slot, 0, heads, wheres, extents)
-        events = _events(slot)
+        columns = self._columns(slot)
         copies: list[Copy] = []
         for where, head, piece in zip(wheres, heads, pieces, strict=True):
-            copies += self._write_piece(slot, events, where, head, piece, places)
+            copies += self._write_piece(slot, columns, where, head, piece, places)
         if self.item_table is not None:
             self.item_table.copy(copies)
         base = bucket.tokens - bucket.candidates
@@ -179,10 +184,10 @@ class RecordLayout:
         Returns:
             What is left to be copied from the item table in host memory.
         """
-        head = record[: self._body].tolist()
-        slot["action"][:, place.candidate_start : place.candidate_start + high - low] = self.candidate_action
+        head, rows = record[: self._body].tolist(), slice(place.candidate_start, place.candidate_start + high - low)
+        slot["action"][:, rows], slot["time"][:, rows] = self.candidate_action, head[_TIME]
         self._write_requests(slot, row, [head], [place], [self._extent(head, high - low)])
-        return self._write_piece(slot, _events(slot), place, head, Piece(record, low, high), places)
+        return self._write_piece(slot, self._columns(slot), place, head, Piece(record, low, high), places)
 
     def _write_requests(
         self,
@@ -205,58 +210,75 @@ class RecordLayout:
         lengths = head[_LENGTHS : self._head]
         return lengths if self._stride == 1 else [length * self._stride for length in lengths]
 
+    def _columns(self, slot: Mapping[str, np.ndarray]) -> _Columns:
+        """What is copied to, request by request.
+
+        As memoryviews, whose copies keep Python's lock. NumPy gives it away for more than 500 numbers, for a
+        microsecond, and may wait milliseconds until other threads give it back.
+        """
+        tokens = [[memoryview(row) for row in slot[name]] for name in ("item", "action", "time")]
+        return _Columns(tokens, [memoryview(slot[name].view(np.int32)) for name in self._item_fields])
+
     def _write_piece(
         self,
         slot: Mapping[str, np.ndarray],
-        events: np.ndarray,
+        columns: _Columns,
         place: Place,
         head: Sequence[int],
         piece: Piece,
         places: np.ndarray | None,
     ) -> list[Copy]:
-        """Copy histories and candidates, without the candidates' actions."""
+        """Copy histories and candidates, without the candidates' actions and times."""
         copies: list[Copy] = []
         record, low, high = piece
+        source = memoryview(record)
         at, start = self._body, place.history_start
         for block, length in enumerate(head[_LENGTHS : self._head]):
-            history = record[at : at + 3 * length].reshape(3, length)
-            at += 3 * length
+            items = record[at : at + length]
             if self._stride == 1:
-                events[:, block, start : start + length] = history
+                for of_blocks in columns.tokens:
+                    of_blocks[block][start : start + length] = source[at : at + length]
+                    at += length
             else:
-                _interleave(events[:, block, start : start + 2 * length], history)
+                _interleave(slot, block, slice(start, start + 2 * length), record[at : at + 3 * length])
+                at += 3 * length
             if self.item_table is not None:
-                rows, found = slice(start, start + length * self._stride), _look_up(history[0], places)
-                copies.append(_embed(slot, block, rows, self._stride, history[0], found))
-        rows = slice(place.candidate_start, place.candidate_start + high - low)
-        candidates = record[at + low : at + high]
-        events[_ITEM, :, rows] = candidates
-        events[_WHEN, :, rows] = head[_TIME]
+                rows, found = slice(start, start + length * self._stride), _look_up(items, places)
+                copies.append(_embed(slot, block, rows, self._stride, items, found))
+        first, count = place.candidate_start, high - low
+        for row in columns.tokens[_ITEM]:
+            row[first : first + count] = source[at + low : at + high]
         if self.item_table is not None:
+            candidates, rows = record[at + low : at + high], slice(first, first + count)
             found = _look_up(candidates, places)
             copies += [_embed(slot, block, rows, 1, candidates, found) for block in range(self.blocks)]
-        for name in self._item_fields:
+        base = slot["item"].shape[1]
+        for column in columns.candidates:
             at += head[_COUNT]
-            column = slot[name].view(np.int32)
-            first = place.candidate_start - (events.shape[2] - len(column))
-            column[first : first + high - low] = record[at + low : at + high]
+            own = first - (base - len(column))
+            column[own : own + count] = source[at + low : at + high]
         return copies
 
 
-def _events(slot: Mapping[str, np.ndarray]) -> np.ndarray:
-    """int32[3, blocks, T]: `item`, `action` and `time` of a slot as one view; `slot_layout` puts them at equal
-    distances."""
-    item, action, time = (slot[name] for name in ("item", "action", "time"))
-    distance = action.ctypes.data - item.ctypes.data
-    assert time.ctypes.data - action.ctypes.data == distance
-    return np.lib.stride_tricks.as_strided(item, (3, *item.shape), (distance, *item.strides))
+class _Columns(NamedTuple):
+    """Of one slot.
+
+    Attributes:
+        tokens: `item`, `action` and `time`, of each block.
+        candidates: of each item feature.
+    """
+
+    tokens: list[list[memoryview]]
+    candidates: list[memoryview]
 
 
-def _interleave(rows: np.ndarray, history: np.ndarray) -> None:
-    """Each event of int32[3, n] becomes two rows of int32[3, 2 n]: its item, and then its action."""
-    rows[_ITEM, ::2], rows[_ITEM, 1::2] = history[_ITEM], NOTHING
-    rows[_ACTION, ::2], rows[_ACTION, 1::2] = NOTHING, history[_ACTION]
-    rows[_WHEN, ::2] = rows[_WHEN, 1::2] = history[_WHEN]
+def _interleave(slot: Mapping[str, np.ndarray], block: int, rows: slice, history: np.ndarray) -> None:
+    """Each event becomes two rows: its item, and then its action. `history`: int32[3 n], items, actions and times."""
+    items, actions, times = history.reshape(3, -1)
+    item, action, time = (slot[name][block, rows] for name in ("item", "action", "time"))
+    item[::2], item[1::2] = items, NOTHING
+    action[::2], action[1::2] = NOTHING, actions
+    time[::2] = time[1::2] = times
 
 
 def _look_up(items: np.ndarray, places: np.ndarray | None) -> Found | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import gc
 import json
 import logging
 import os
@@ -25,6 +24,7 @@ from flame_jax.dso.scheduler import Scheduler
 from flame_jax.fke.compile import CompileCounter
 from flame_jax.fke.repository import Repository, RepositoryError, SingleArtifact, Source
 from flame_jax.fke.signing import KeyFileError, TrustedKeys
+from flame_jax.interpreter import settle
 from flame_jax.pda import affinity
 from flame_jax.pda.hot_rows import SAMPLE
 from flame_jax.pda.open import open_store
@@ -112,9 +112,7 @@ async def serve(config: Config) -> int:
     if admin is not None:
         await open_port(admin, CONTROL, ModelControl(models, reloader).handler())
     watching = asyncio.create_task(reloader.watch()) if settings.models_dir and settings.poll_seconds else None
-    # What is there now stays: the collector need not go through it while calls are answered.
-    gc.collect()
-    gc.freeze()
+    settle()
     print(
         f"READY grpc={address(settings.host, port)} metrics={address(settings.host, metrics_port)} "
         f"admin={'off' if admin is None else address(settings.admin_host, admin_port)} "

@@ -36,7 +36,9 @@ class Mode(NamedTuple):
 MODES = {
     "table": Mode(
         "FLAME's Table 5 and a heavy-tailed mix: implicit shapes, one padded bucket, the paper's policy and ours",
-        lambda args: table.measure(say, args.artifacts, seconds=args.seconds, mixes=args.mix),
+        lambda args: table.measure(
+            say, args.artifacts, seconds=args.seconds, mixes=args.mix, implicit_shapes=not args.no_implicit
+        ),
         table.table,
         table.plots,
     ),
@@ -73,6 +75,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", metavar="DIR", help="takes the result as MODE.json")
     parser.add_argument("--seconds", type=float, default=3.0, help="of each load of --table, --overload (%(default)s)")
     parser.add_argument("--mix", action="append", choices=("paper", "heavy"), help="of --table; both, if not said")
+    parser.add_argument(
+        "--no-implicit", action="store_true", help="--table without implicit shapes: each is a program to compile"
+    )
     parser.add_argument("--minutes", type=float, default=30.0, help="of --soak (%(default)s)")
     parser.add_argument(
         "--artifacts", type=Path, metavar="DIR", help="takes the models that are built, or has them already"

@@ -13,13 +13,13 @@ import jax
 from bench.artifacts import ITEMS
 from bench.dso.load import Load, Point
 from bench.dso.simulate import LAYOUT, PAPER, SLOWER, measured
-from bench.dso.systems import emulated
+from bench.dso.systems import emulated, settled
 from bench.dso.traffic import Mix, paper
 from flame_jax.commandline import load
 from flame_jax.config import Config
 
 LOADS = (0.5, 0.9)
-INTERVALS = (5e-3, 1e-3, 2e-4)
+INTERVALS = (5e-3, 1e-3, 5e-4, 1e-4)
 """Seconds after which Python's lock goes to a thread that waits for it; the first is Python's own choice."""
 ROUNDS, RATE = 5, 2000.0
 """In which the intervals take turns, at so many requests per second on two lanes."""
@@ -32,10 +32,11 @@ def measure(progress: Callable[[str], None], *, seconds: float) -> dict[str, Any
     for lanes in SLOWER:
         system = emulated(config, measured(PAPER, lanes), lanes, jax.devices("cpu")[0])
         sends = Load(system, mix, ITEMS)
-        most = sends.closed(512, seconds)
-        rows.append({"lanes": lanes, "load": "most"} | most._asdict())
-        for share in LOADS:
-            rows.append({"lanes": lanes, "load": share} | sends.open(share * most.answered, seconds)._asdict())
+        with settled():
+            most = sends.closed(512, seconds)
+            rows.append({"lanes": lanes, "load": "most"} | most._asdict())
+            for share in LOADS:
+                rows.append({"lanes": lanes, "load": share} | sends.open(share * most.answered, seconds)._asdict())
         system.stop()
         progress(f"{lanes} lanes: {most.host_us_per_batch:.0f} us a batch of {most.requests_per_batch:.1f} requests")
     return {"host": rows, "switch_intervals": _intervals(config, mix, seconds / 2)}
@@ -44,16 +45,14 @@ def measure(progress: Callable[[str], None], *, seconds: float) -> dict[str, Any
 def _intervals(config: Config, mix: Mix, seconds: float) -> list[dict[str, float]]:
     """Latency by the interpreter's switch interval: medians of rounds in which they take turns."""
     system = emulated(config, measured(PAPER, 2), 2, jax.devices("cpu")[0])
-    sends, before = Load(system, mix, ITEMS), sys.getswitchinterval()
+    sends = Load(system, mix, ITEMS)
     found: dict[float, list[Point]] = {interval: [] for interval in INTERVALS}
-    try:
+    with settled():
         for number in range(ROUNDS):
             for interval in INTERVALS:
                 sys.setswitchinterval(interval)
                 found[interval].append(sends.open(RATE, seconds, seed=number))
-    finally:
-        sys.setswitchinterval(before)
-        system.stop()
+    system.stop()
     return [
         {"seconds": interval}
         | {f"{name}_ms": statistics.median(p.ms[name] for p in points) for name in ("mean", "p99", "p99.9")}

@@ -19,6 +19,7 @@ RECORDS = 256
 """Different requests of a mix; they come again and again."""
 MOST = 1 << 20
 """Of them, in a closed loop."""
+_CODES = {status: code for code, status in enumerate(Status)}
 PATIENCE = 1e6
 """Seconds that a request waits where nobody is refused."""
 
@@ -30,7 +31,8 @@ class Point(NamedTuple):
         offered: requests per second.
         answered: of these, requests per second that were scored by their deadline.
         pairs: user-item pairs per second of these.
-        ms: mean, p50, p99 and p99.9 from the moment a request was to come to its answer.
+        ms: mean, p50, p99 and p99.9 from the moment a request was to come to its answer; with a deadline, from the
+            moment it was handed in, as the deadline is.
         refused_ms: p99 of the time that a refusal took.
         outcomes: requests by how they ended.
         padding: part of all token rows that held no request.
@@ -62,22 +64,24 @@ class _Tally:
     due: np.ndarray
     handed: np.ndarray
     ended: np.ndarray
-    status: list[Status | None]
+    status: np.ndarray
     pieces: int = 0
 
     @classmethod
     def of(cls, count: int) -> _Tally:
-        return cls(np.zeros(count), np.zeros(count), np.zeros(count), [None] * count)
+        return cls(np.zeros(count), np.zeros(count), np.zeros(count), np.full(count, -1, np.int8))
 
     def answered(self, done: list[Done]) -> None:
         now = time.monotonic()
         for each in done:
             self.ended[each.ticket] = now
-            self.status[each.ticket] = each.status
+            self.status[each.ticket] = _CODES[each.status]
             self.pieces += each.batches
 
     def first(self, count: int) -> _Tally:
-        return replace(self, due=self.due[:count], handed=self.handed[:count], ended=self.ended[:count])
+        return replace(
+            self, due=self.due[:count], handed=self.handed[:count], ended=self.ended[:count], status=self.status[:count]
+        )
 
 
 class Load:
@@ -99,7 +103,8 @@ class Load:
         """Poisson arrivals for so long, and until the last is answered.
 
         Args:
-            patience: seconds from the moment a request is to come to its deadline.
+            patience: seconds from the moment a request is handed in to its deadline. Of much more than the system can
+                do, this process can't hand all in when it is to come.
         """
         random, count = np.random.default_rng(seed), max(32, int(rate * seconds))
         plan, which = np.cumsum(random.exponential(1 / rate, count)), random.integers(0, RECORDS, count)
@@ -110,7 +115,7 @@ class Load:
         for ticket, (due, number) in enumerate(zip(tally.due.tolist(), which.tolist(), strict=True)):
             if (left := due - time.monotonic()) > 0:
                 time.sleep(left)
-            spent += self._hand_in(tally, ticket, number, due + patience)
+            spent += self._hand_in(tally, ticket, number, patience)
         self._wait(count)
         return self._point(tally, books, which, begun, spent, patience)
 
@@ -126,7 +131,7 @@ class Load:
             tally.due[ticket] = now = time.monotonic()
             if now > begun + seconds:
                 break
-            spent += self._hand_in(tally, ticket, number, now + PATIENCE)
+            spent += self._hand_in(tally, ticket, number, PATIENCE)
             count = ticket + 1
         self._wait(min(inside - 1, count))
         return self._point(tally.first(count), books, which[:count], begun, spent, PATIENCE)
@@ -141,14 +146,14 @@ class Load:
         self._system.answered = answered
         return tally, self._system.books()
 
-    def _hand_in(self, tally: _Tally, ticket: int, number: int, deadline: float) -> float:
+    def _hand_in(self, tally: _Tally, ticket: int, number: int, patience: float) -> float:
         """Processor seconds that it took."""
         started = time.thread_time()
-        tally.handed[ticket] = time.monotonic()
+        tally.handed[ticket] = now = time.monotonic()
         try:
-            self._system.dispatcher.submit(ticket, self._records[number], int(deadline * 1e9))
+            self._system.dispatcher.submit(ticket, self._records[number], int((now + patience) * 1e9))
         except Refused:
-            tally.ended[ticket], tally.status[ticket] = time.monotonic(), Status.REFUSED
+            tally.ended[ticket], tally.status[ticket] = time.monotonic(), _CODES[Status.REFUSED]
             self._ended.put(1)
         return time.thread_time() - started
 
@@ -169,17 +174,17 @@ class Load:
     ) -> Point:
         books = {name: value - before[name] for name, value in self._system.books().items()}
         count, seconds = len(tally.due), float(tally.ended.max()) - begun
-        status = np.array([each.value if each else "" for each in tally.status[:count]])
-        latency = tally.ended - tally.due
-        fine, refused = (status == "ok") & (latency <= patience), status == "refused"
+        latency = tally.ended - (tally.due if patience == PATIENCE else tally.handed)
+        ok, refused = tally.status == _CODES[Status.OK], tally.status == _CODES[Status.REFUSED]
+        fine = ok & (tally.ended - tally.handed <= patience)
         batches = max(1.0, books["batches"])
         return Point(
             offered=count / seconds,
             answered=float(fine.sum()) / seconds,
             pairs=float(self._candidates[which][fine].sum()) / seconds,
-            ms=_milliseconds(latency[status == "ok"]),
+            ms=_milliseconds(latency[ok]),
             refused_ms=_milliseconds((tally.ended - tally.handed)[refused])["p99"],
-            outcomes={str(name): int((status == name).sum()) for name in np.unique(status)},
+            outcomes={s.value: n for s, code in _CODES.items() if (n := int((tally.status == code).sum()))},
             padding=1 - books["rows"] / max(1.0, books["tokens"]),
             occupancy=books["busy_seconds"] / seconds / self._system.lanes,
             requests_per_batch=tally.pieces / batches,

@@ -13,7 +13,7 @@ import jax
 from bench.artifacts import ITEMS
 from bench.dso.load import Load
 from bench.dso.scale import scale_of
-from bench.dso.systems import System, engine_of
+from bench.dso.systems import System, engine_of, settled
 from flame_jax.dso.calibrate import calibrate
 from flame_jax.dso.lanes import make_lanes
 
@@ -35,14 +35,14 @@ def measure(progress: Callable[[str], None], artifacts: Path, *, seconds: float)
     dispatch = replace(scale.config.dispatch, target_wait_ms=patience * 1e3 / 4)
     config = replace(scale.config, dispatch=dispatch)
     system = System(config, [(engine, engine.device) for engine in engines], measured, page_locked=True)
-    load = Load(system, scale.mix, ITEMS)
-    capacity = load.closed(min(scale.inside, 200), seconds).answered
-    rows = []
-    for times in TIMES:
-        point = load.open(times * capacity, seconds, patience=patience)
-        rows.append({"times": times} | point._asdict())
-        progress(f"{times:g} x {capacity:.0f}/s: {point.pairs:,.0f} pairs/s in time, {point.outcomes}")
-    recovery = _recovery(load, capacity, patience)
+    load, rows = Load(system, scale.mix, ITEMS), list[dict[str, Any]]()
+    with settled():
+        capacity = load.closed(min(scale.inside, 200), seconds).answered
+        for times in TIMES:
+            point = load.open(times * capacity, seconds, patience=patience)
+            rows.append({"times": times} | point._asdict())
+            progress(f"{times:g} x {capacity:.0f}/s: {point.pairs:,.0f} pairs/s in time, {point.outcomes}")
+        recovery = _recovery(load, capacity, patience)
     system.stop()
     return {"overload": {"capacity": capacity, "patience_ms": patience * 1e3, "rows": rows, "recovery_s": recovery}}
 
@@ -63,13 +63,16 @@ def table(result: Mapping[str, Any]) -> str:
     found = result["overload"]
     rows: Sequence[Mapping[str, Any]] = found["rows"]
     best = max(row["pairs"] for row in rows)
-    lines = ["| load | in time pairs/s | of the best | reach | P99 ms of answers | P99 ms of refusals | ended |"]
-    lines.append("|" + "---|" * 7)
-    lines += [
-        f"| {row['times']:g}x | {row['pairs']:,.0f} | {row['pairs'] / best:.0%} | {TIMES[row['times']]:.0%} "
-        f"| {row['ms']['p99']:.1f} | {row['refused_ms']:.2f} | {row['outcomes']} |"
-        for row in rows
+    lines = [
+        "| load | handed in, req/s | in time pairs/s | of the best | reach | P99 ms of answers | of refusals | ended |",
+        "|" + "---|" * 8,
     ]
+    for row in rows:
+        times, pairs, p99 = row["times"], row["pairs"], row["ms"]["p99"]
+        lines.append(
+            f"| {times:g}x | {row['offered']:,.0f} | {pairs:,.0f} | {pairs / best:.0%} | {TIMES[times]:.0%} "
+            f"| {p99:.1f} | {row['refused_ms']:.2f} | {row['outcomes']} |"
+        )
     return "\n".join(
         [*lines, "", f"deadline {found['patience_ms']:.0f} ms; as before {found['recovery_s']:.2f} s after"]
     )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from flame_jax.dso.work import Done
 from flame_jax.fke.artifact import Artifact
 from flame_jax.fke.build import Builder, build
 from flame_jax.fke.engine import Engine
+from flame_jax.interpreter import settle
 from flame_jax.models.serving import served_slot
 from flame_jax.packing import Bucket, Extent
 from flame_jax.pda.page_lock import Memory, PageLock
@@ -115,6 +119,18 @@ class System:
     def stop(self) -> None:
         """End its threads."""
         assert self.dispatcher.stop(30.0), "a batch hangs"
+
+
+@contextmanager
+def settled() -> Iterator[None]:
+    """Python as in a server that is ready; afterwards as before."""
+    before = sys.getswitchinterval()
+    settle()
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+        gc.unfreeze()
 
 
 def _fatal() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from bench.dso.busy import gpu_busy
 from bench.dso.curves import draw
 from bench.dso.load import Load
 from bench.dso.scale import Scale, scale_of
-from bench.dso.systems import System, batching, engine_of, implicit, padded
+from bench.dso.systems import System, batching, engine_of, implicit, padded, settled
 from flame_jax.dso.lanes import make_lanes
 from flame_jax.packing import Bucket
 
@@ -49,35 +50,46 @@ def rows_of(scale: Scale, device: jax.Device, artifacts: Path) -> Iterator[tuple
 
 
 def measure(
-    progress: Callable[[str], None], artifacts: Path, *, seconds: float, mixes: Sequence[str] | None
+    progress: Callable[[str], None],
+    artifacts: Path,
+    *,
+    seconds: float,
+    mixes: Sequence[str] | None,
+    implicit_shapes: bool = True,
 ) -> dict[str, Any]:
     """Every row of every mix."""
     device, tables = jax.devices()[0], []
     for name in mixes or ("paper", "heavy"):
         scale, rows = scale_of(name, device), list[dict[str, Any]]()
+        scale = replace(scale, implicit=scale.implicit and implicit_shapes)
         common = 0.0
         for row, make in rows_of(scale, device, artifacts):
-            system = make()
-            load = Load(system, scale.mix, ITEMS)
-            load.closed(scale.inside, seconds / 2)  # the costs settle
-            with gpu_busy() as busy:
-                most = load.closed(scale.inside, seconds)
-            common = common or COMMON * most.answered
-            found = {
-                "row": row,
-                "saturated": most._asdict() | {"gpu_busy": busy[0] if busy else None},
-                "common": load.open(common, seconds)._asdict() if common < 0.98 * most.answered else None,
-                "loads": [load.open(share * most.answered, seconds)._asdict() for share in SHARES],
-                "within": {f"{limit:g}": _within(load, limit, most.answered, seconds) for limit in LIMITS_MS},
-                "costs_ms": _costs(system),
-            }
-            system.stop()
-            progress(f"{name}, {row}: {most.pairs:,.0f} pairs/s")
+            found = {"row": row} | _row(make(), scale, common, seconds)
+            common = common or COMMON * found["saturated"]["answered"]
+            progress(f"{name}, {row}: {found['saturated']['pairs']:,.0f} pairs/s")
             rows.append(found)
-            del system, load
             gc.collect()
         tables.append({"mix": name, "rows": rows})
     return {"table": tables}
+
+
+def _row(system: System, scale: Scale, common: float, seconds: float) -> dict[str, Any]:
+    """One way to serve; `common` is the load at which all are compared, 0 where it is this one's to say."""
+    load = Load(system, scale.mix, ITEMS)
+    with settled():
+        load.closed(scale.inside, seconds / 2)  # the costs settle
+        with gpu_busy() as busy:
+            most = load.closed(scale.inside, seconds)
+        common = common or COMMON * most.answered
+        found = {
+            "saturated": most._asdict() | {"gpu_busy": busy[0] if busy else None},
+            "common": load.open(common, seconds)._asdict() if common < 0.98 * most.answered else None,
+            "loads": [load.open(share * most.answered, seconds)._asdict() for share in SHARES],
+            "within": {f"{limit:g}": _within(load, limit, most.answered, seconds) for limit in LIMITS_MS},
+            "costs_ms": _costs(system),
+        }
+    system.stop()
+    return found
 
 
 def _costs(system: System) -> dict[str, list[float]]:
