@@ -18,8 +18,8 @@ from bench.dso.systems import batching, engine_of, settled
 from flame_jax.dso.lanes import make_lanes
 
 LOAD = 0.8
-SETTLE = 10.0
-"""Seconds of saturation, to know the load."""
+SETTLE = 3.0
+"""Seconds of saturation before each part, to know its load: what a machine can do may change with its neighbours'."""
 PART = 30.0
 """Seconds of load after which memory is looked at."""
 TICK = 1e-3
@@ -64,25 +64,24 @@ def measure(progress: Callable[[str], None], artifacts: Path, *, minutes: float)
     )
     load, stalls = Load(system, scale.mix, ITEMS), Stalls()
     with settled():
-        rate = LOAD * load.closed(scale.inside, SETTLE).answered
         parts, counts, longest = list[dict[str, Any]](), np.zeros(BINS, np.int64), 0.0
         begun = time.monotonic()
         while time.monotonic() < begun + 60 * minutes:
+            rate = LOAD * load.closed(scale.inside, SETTLE).answered
             stalls.take()
             point = load.open(rate, PART, seed=len(parts))
             late = stalls.take()
             counts += np.bincount(np.clip(late / BIN, 0, BINS - 1).astype(np.int64), minlength=BINS)
             longest = max(longest, float(late.max()))
             parts.append(
-                {"minutes": (time.monotonic() - begun) / 60, "rss_mib": _rss(), "answered": point.answered,
-                 "p99_ms": point.ms["p99"], "outcomes": point.outcomes, "stall_ms": float(late.max() * 1e3)}
+                {"minutes": (time.monotonic() - begun) / 60, "rss_mib": _rss(), "rate": rate,
+                 "answered": point.answered, "p99_ms": point.ms["p99"], "outcomes": point.outcomes, "stall_ms": float(late.max() * 1e3)}
             )  # fmt: skip
             progress(f"{parts[-1]}")
     stalls.stop()
     system.stop()
     return {
         "soak": {
-            "requests_per_second": rate,
             "parts": parts,
             "stall_p999_ms": float((np.searchsorted(counts.cumsum(), 0.999 * counts.sum()) + 1) * BIN * 1e3),
             "stall_max_ms": longest * 1e3,
@@ -103,7 +102,7 @@ def table(result: Mapping[str, Any]) -> str:
     warm = [part for part in parts if part["minutes"] > 2] or parts
     memory = [part["rss_mib"] for part in warm]
     return (
-        f"{parts[-1]['minutes']:.0f} minutes at {found['requests_per_second']:.0f} requests/s: memory between "
-        f"{min(memory):.1f} and {max(memory):.1f} MiB, at the end {memory[-1] - memory[0]:+.1f}; stalls P99.9 "
+        f"{parts[-1]['minutes']:.0f} minutes, {np.mean([part['rate'] for part in parts]):.0f} requests/s: memory "
+        f"between {min(memory):.1f} and {max(memory):.1f} MiB, at the end {memory[-1] - memory[0]:+.1f}; stalls P99.9 "
         f"{found['stall_p999_ms']:.1f} ms, at most {found['stall_max_ms']:.0f} ms"
     )
