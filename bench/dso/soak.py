@@ -74,9 +74,16 @@ def measure(progress: Callable[[str], None], artifacts: Path, *, minutes: float)
             counts += np.bincount(np.clip(late / BIN, 0, BINS - 1).astype(np.int64), minlength=BINS)
             longest = max(longest, float(late.max()))
             parts.append(
-                {"minutes": (time.monotonic() - begun) / 60, "rss_mib": _rss(), "rate": rate,
-                 "answered": point.answered, "p99_ms": point.ms["p99"], "outcomes": point.outcomes, "stall_ms": float(late.max() * 1e3)}
-            )  # fmt: skip
+                {
+                    "minutes": (time.monotonic() - begun) / 60,
+                    "rss_mib": _rss(),
+                    "rate": rate,
+                    "answered": point.answered,
+                    "p99_ms": point.ms["p99"],
+                    "outcomes": point.outcomes,
+                    "stall_ms": float(late.max() * 1e3),
+                }
+            )
             progress(f"{parts[-1]}")
     stalls.stop()
     system.stop()

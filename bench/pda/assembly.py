@@ -100,8 +100,9 @@ def assembly(progress: Callable[[str], None], cases: Sequence[Case] = CASES, cou
     return {"assembly": rows}
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def table(result: dict[str, Any]) -> str:
     """Markdown."""
+    rows: Sequence[dict[str, Any]] = result["assembly"]
     lines = ["| events + candidates | ids | record us (P90) | reach | into the slot us (P90) |", "|" + "---|" * 5]
     lines += [
         f"| {r['events']} + {r['candidates']} | {r['ids']} | {r['record_p50_us']:.0f} ({r['record_p90_us']:.0f}) "

@@ -146,8 +146,9 @@ def _figures(world: _World, scored: Sequence[tuple[np.ndarray, np.ndarray]]) -> 
     return {"calls": len(scored), "auc": quality.auc, "user_auc": quality.user_auc, "log_loss": quality.log_loss}
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def table(result: dict[str, Any]) -> str:
     """Markdown."""
+    rows: Sequence[dict[str, Any]] = result["staleness"]
     lines = ["| | degraded | stale | defaults | AUC | per-user AUC | log loss |", "|" + "---|" * 7]
     lines += [
         f"| {r['case']} | {r.get('degraded', 0):.0%} | {r.get('stale', 0):.1%} | {r.get('defaults', 0):.1%} "

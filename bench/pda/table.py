@@ -284,8 +284,9 @@ def _round_trips(rows: Sequence[dict[str, Any]]) -> list[float]:
     return list(dict.fromkeys(row["round_trip_ms"] for row in rows))
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def table(result: dict[str, Any]) -> str:
     """Markdown; ratios are to the first row of the same round trip."""
+    rows: Sequence[dict[str, Any]] = result["table"]
     lines = ["| round trip ms | | pairs/s | mean ms | P99 ms | from the store MB/s | hits |", "|" + "---|" * 7]
     first: dict[float, dict[str, Any]] = {}
     for row in rows:

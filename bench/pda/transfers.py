@@ -111,8 +111,9 @@ def transfers(progress: Callable[[str], None], calls: int = CALLS, rounds: int =
     return {"memory": PageLock(device).memory, "reach_us": REACH_US, "transfers": rows}
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def table(result: dict[str, Any]) -> str:
     """Markdown."""
+    rows: Sequence[dict[str, Any]] = result["transfers"]
     lines = ["| 64 KB to the device, 16 KB of scores back | us | P99 | of it until the launch returned |"]
     lines += ["|" + "---|" * 4]
     lines += [f"| {r['way']} | {r['p50_us']:.0f} | {r['p99_us']:.0f} | {r['launch_us']:.0f} |" for r in rows]

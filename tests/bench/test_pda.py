@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
+from bench.modes import Mode
 from bench.pda import __main__ as command
 from bench.pda import assembly, faults, host_rows, staleness, transfers
 from bench.pda import table as ablation
@@ -29,7 +30,7 @@ def test_assembly_has_a_row_for_every_case(monkeypatch: pytest.MonkeyPatch) -> N
         ("dense", True),
         ("5 million", True),
     ]
-    assert assembly.table(result["assembly"]).count("\n") == 3
+    assert assembly.table(result).count("\n") == 3
 
 
 def test_rows_of_a_table_are_copied_with_every_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +82,8 @@ def test_a_value_of_another_key_is_told() -> None:
 
 def test_the_table_of_staleness_shows_what_was_not_waited_for() -> None:
     row = {"case": "all", "auc": 0.75, "user_auc": 0.5, "log_loss": 1.0}
-    lines = staleness.table([row, row | {"degraded": 0.5, "stale": 0.25, "defaults": 0.125}]).splitlines()
+    rows = [row, row | {"degraded": 0.5, "stale": 0.25, "defaults": 0.125}]
+    lines = staleness.table({"staleness": rows}).splitlines()
     assert lines[-2:] == [
         "| all | 0% | 0.0% | 0.0% | 0.7500 | 0.5000 | 1.0000 |",
         "| all | 50% | 25.0% | 12.5% | 0.7500 | 0.5000 | 1.0000 |",
@@ -97,7 +99,7 @@ def test_every_way_of_a_batch_brings_the_same_scores() -> None:
     result = transfers.transfers(lambda _: None, calls=20, rounds=2)
     assert [row["way"] for row in result["transfers"]] == list(scores)
     assert all(row["launch_us"] <= row["p50_us"] <= row["p99_us"] for row in result["transfers"])
-    assert transfers.table(result["transfers"]).count("\n") == len(scores) + 1
+    assert transfers.table(result).count("\n") == len(scores) + 1
 
 
 def test_drawn_candidates_are_distinct_and_follow_zipfs_law() -> None:
@@ -122,7 +124,7 @@ def test_the_table_has_a_row_for_each_way_to_serve_and_scores_come_back() -> Non
         assert row["calls_per_second"] > 0
         assert 0 < row["p50_ms"] <= row["p99_ms"]
         assert row["store_mb_per_second"] > 0
-    assert ablation.table(result["table"]).count("\n") == 3
+    assert ablation.table(result).count("\n") == 3
     assert ablation.plot(result).count('class="bar"') == ablation.plot(result).count('class="first"') == 3
 
 
@@ -147,9 +149,12 @@ def test_fields_brought_one_by_one_are_the_slot() -> None:
 
 
 def test_the_command_writes_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(command.MODES, "rows", lambda _: {"found": 1})
+    found = {"found": 1, "none": [float("nan")]}
+    monkeypatch.setitem(command.MODES, "rows", Mode("help", lambda _: found, str, lambda _: {"drawn": "<svg/>"}))
     command.main(["--rows", "--out", str(tmp_path), "--commit", "abc"])
     saved = json.loads((tmp_path / "rows.json").read_text())
-    assert (saved["found"], saved["commit"], saved["command"]) == (1, "abc", "python -m bench.pda --rows --out DIR")
+    assert (saved["found"], saved["none"], saved["commit"]) == (1, [None], "abc")
+    assert saved["command"] == "python -m bench.pda --rows --out DIR", "without this machine's paths"
+    assert (tmp_path / "drawn.svg").read_text() == "<svg/>"
     with pytest.raises(SystemExit):
         command.main([])
