@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bench.dso.plain import Plain
 from bench.dso.systems import System, random_record
 from bench.dso.traffic import Mix
 from flame_jax.dso.scheduler import Refused
@@ -91,7 +92,7 @@ class Load:
         items: rows of its item table.
     """
 
-    def __init__(self, system: System, mix: Mix, items: int) -> None:
+    def __init__(self, system: System | Plain, mix: Mix, items: int) -> None:
         random, count = np.random.default_rng(1), len(mix.shapes)
         self._system, self._mix = system, mix
         self._records = [random_record(system.records, mix.shapes[n % count], items, random) for n in range(RECORDS)]
@@ -151,7 +152,7 @@ class Load:
         started = time.thread_time()
         tally.handed[ticket] = now = time.monotonic()
         try:
-            self._system.dispatcher.submit(ticket, self._records[number], int((now + patience) * 1e9))
+            self._system.submit(ticket, self._records[number], int((now + patience) * 1e9))
         except Refused:
             tally.ended[ticket], tally.status[ticket] = time.monotonic(), _CODES[Status.REFUSED]
             self._ended.put(1)

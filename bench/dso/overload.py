@@ -34,7 +34,7 @@ def measure(progress: Callable[[str], None], artifacts: Path, *, seconds: float)
     patience = max(0.02, PATIENCE_BATCHES * max(measured[max(measured)]))
     dispatch = replace(scale.config.dispatch, target_wait_ms=patience * 1e3 / 4)
     config = replace(scale.config, dispatch=dispatch)
-    system = System(config, [(engine, engine.device) for engine in engines], measured, page_locked=True)
+    system = System(config, [(engine, engine.device) for engine in engines], measured)
     load, rows = Load(system, scale.mix, ITEMS), list[dict[str, Any]]()
     with settled():
         capacity = load.closed(min(scale.inside, 200), seconds).answered

@@ -28,7 +28,7 @@ from flame_jax.fke.engine import Engine
 from flame_jax.interpreter import settle
 from flame_jax.models.serving import served_slot
 from flame_jax.packing import Bucket, Extent
-from flame_jax.pda.page_lock import Memory, PageLock
+from flame_jax.pda.page_lock import PageLock
 from flame_jax.record import BlockEvents, RecordLayout
 
 DEPTH = 2
@@ -86,31 +86,30 @@ class System:
 
     Args:
         lanes: per lane, what runs on it and the device whose memory its slots are copied to.
-        page_locked: slots are, where the device copies them.
         measured: see `CostModel`.
     """
 
     def __init__(
-        self,
-        config: Config,
-        lanes: Sequence[tuple[Any, jax.Device]],
-        measured: Mapping[Bucket, Sequence[float]],
-        *,
-        page_locked: bool,
+        self, config: Config, lanes: Sequence[tuple[Any, jax.Device]], measured: Mapping[Bucket, Sequence[float]]
     ) -> None:
         self.records, self.lanes, ladder = RecordLayout(config.schema), len(lanes), tuple(sorted(measured))
         self.scheduler = make_scheduler(config.dispatch, config.layout, measured, shares=[1.0], lanes=len(lanes))
         self.answered: Callable[[list[Done]], None] = lambda done: None
         executors = []
         for runs, device in lanes:
-            lock = PageLock(device)
-            if not page_locked and lock.memory is Memory.PAGE_LOCKED:
-                lock.memory = Memory.PAGEABLE
-            every = [bucket for bucket in ladder for _ in range(config.dispatch.executors)]
+            lock, every = PageLock(device), [bucket for bucket in ladder for _ in range(config.dispatch.executors)]
             executors.append([Executor(runs, bucket, self.records, config.layout, lock) for bucket in every])
         self.dispatcher = Dispatcher(
             executors, self.scheduler, self.records, on_done=lambda done: self.answered(done), on_fatal=_fatal
         )
+
+    def submit(self, ticket: int, record: np.ndarray, deadline_ns: int) -> None:
+        """See `Dispatcher.submit`."""
+        self.dispatcher.submit(ticket, record, deadline_ns)
+
+    def costs(self) -> Mapping[Bucket, Sequence[float]]:
+        """Seconds of batches, as estimated now; see `CostModel.table`."""
+        return self.scheduler.costs.table()
 
     def books(self) -> dict[str, float]:
         """Totals of the scheduler, and the processor time of the dispatcher's threads."""
@@ -137,31 +136,16 @@ def _fatal() -> None:
     raise RuntimeError("the dispatcher died")
 
 
-def implicit(config: Config, engine: Engine) -> System:
-    """Row (a): one call per request, of the program for its exact shape, in the order of arrival; two in flight."""
-    alone = {bucket: [1e-3] for bucket in engine.slots}
-    return System(_dispatch(config, policy="descending"), [(engine, engine.device)], alone, page_locked=False)
-
-
-def padded(config: Config, engine: Engine) -> System:
-    """Row (b): every request in the one bucket of `engine`."""
-    return System(
-        _dispatch(config, policy="descending"), [(engine, engine.device)], calibrate([engine]), page_locked=True
-    )
-
-
 def batching(config: Config, engines: Sequence[Engine], policy: str) -> System:
     """Rows (c) and (d): buckets of a ladder, as many lanes as engines."""
     lanes = [(engine, engine.device) for engine in engines]
-    return System(_dispatch(config, policy=policy), lanes, calibrate(engines), page_locked=True)
+    return System(_dispatch(config, policy=policy), lanes, calibrate(engines))
 
 
 def emulated(config: Config, measured: Mapping[Bucket, Sequence[float]], lanes: int, device: jax.Device) -> System:
     """Our policy over lanes that take `measured` seconds a batch, all of them busy, and compute nothing."""
     every = [Emulated(config, measured, lanes) for _ in range(lanes)]
-    return System(
-        _dispatch(config, policy="deadline_cost"), [(one, device) for one in every], measured, page_locked=True
-    )
+    return System(_dispatch(config, policy="deadline_cost"), [(one, device) for one in every], measured)
 
 
 def _dispatch(config: Config, **changes: Any) -> Config:

@@ -15,8 +15,9 @@ from bench.artifacts import ITEMS
 from bench.dso.busy import gpu_busy
 from bench.dso.curves import draw
 from bench.dso.load import Load
+from bench.dso.plain import Plain
 from bench.dso.scale import Scale, scale_of
-from bench.dso.systems import System, batching, engine_of, implicit, padded, settled
+from bench.dso.systems import System, batching, engine_of, settled
 from flame_jax.dso.lanes import make_lanes
 from flame_jax.packing import Bucket
 
@@ -28,7 +29,7 @@ STEPS = 5
 COMMON = 0.9
 """Load at which all rows' latencies are compared, of what the first row does at saturation."""
 
-Make = Callable[[], System]
+Make = Callable[[], System | Plain]
 
 
 def rows_of(scale: Scale, device: jax.Device, artifacts: Path) -> Iterator[tuple[str, Make]]:
@@ -38,11 +39,11 @@ def rows_of(scale: Scale, device: jax.Device, artifacts: Path) -> Iterator[tuple
     engines = [lane.engine for lane in make_lanes(engine, max(scale.lanes), [device], memory=0.05)]
     if scale.implicit:
         exact = engine_of(config, mix.exact(config.layout), device, artifacts / f"{mix.name}_implicit")
-        yield "a: implicit shape", partial(implicit, config, exact)
+        yield "a: implicit shape", partial(Plain, config, exact, device, page_locked=False)
     largest = config.layout.aligned_extent(mix.longest)
     bucket = Bucket(sum(largest), largest.candidates)
     single = engine_of(config, [bucket], device, artifacts / f"{mix.name}_padded")
-    yield "b: padded to one bucket", partial(padded, config, single)
+    yield "b: padded to one bucket", partial(Plain, config, single, device, page_locked=True)
     yield f"c: descending, {len(engines)} lanes", partial(batching, config, engines, "descending")
     for count in scale.lanes:
         if count <= len(engines):
@@ -73,7 +74,7 @@ def measure(
     return {"table": tables}
 
 
-def _row(system: System, scale: Scale, common: float, seconds: float) -> dict[str, Any]:
+def _row(system: System | Plain, scale: Scale, common: float, seconds: float) -> dict[str, Any]:
     """One way to serve; `common` is the load at which all are compared, 0 where it is this one's to say."""
     load = Load(system, scale.mix, ITEMS)
     with settled():
@@ -92,9 +93,8 @@ def _row(system: System, scale: Scale, common: float, seconds: float) -> dict[st
     return found
 
 
-def _costs(system: System) -> dict[str, list[float]]:
-    costs = system.scheduler.costs.table()
-    return {str(bucket): [second * 1e3 for second in seconds] for bucket, seconds in costs.items()}
+def _costs(system: System | Plain) -> dict[str, list[float]]:
+    return {str(bucket): [second * 1e3 for second in seconds] for bucket, seconds in system.costs().items()}
 
 
 def _within(load: Load, limit: float, most: float, seconds: float) -> float:
