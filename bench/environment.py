@@ -21,7 +21,7 @@ def describe(command: str, commit: str | None = None) -> dict[str, Any]:
     """
     return {
         "device": jax.devices()[0].device_kind,
-        "host": {"cores": os.cpu_count(), "python_loop_ns": _python_loop_ns()},
+        "host": {"cores": len(os.sched_getaffinity(0)), "python_loop_ns": _python_loop_ns()},
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "commit": commit or _commit(),
         "command": command,

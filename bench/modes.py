@@ -37,6 +37,7 @@ def run(module: str, modes: Mapping[str, Mode], parser: argparse.ArgumentParser,
     Args:
         parser: knows the options of the modes; the modes themselves, `--out` and `--commit` are added.
     """
+    parser.allow_abbrev = False
     what = parser.add_mutually_exclusive_group(required=True)
     for name, mode in modes.items():
         what.add_argument(f"--{name}", dest="mode", action="store_const", const=name, help=mode.help)
@@ -57,7 +58,8 @@ def run(module: str, modes: Mapping[str, Mode], parser: argparse.ArgumentParser,
 
 def _command(module: str, argv: Sequence[str]) -> str:
     """What was asked for, without this machine's paths."""
-    words, given = ["python", "-m", module], iter(argv)
+    words = ["python", "-m", module]
+    given = iter([part for word in argv for part in word.split("=", 1)])
     for word in given:
         if word == "--commit":
             next(given)

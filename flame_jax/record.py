@@ -22,6 +22,7 @@ NOTHING = -1
 
 _COUNT, _SCENARIO, _TIME, _LENGTHS = range(4)
 _ITEM = 0
+"""In `_Columns.tokens`."""
 
 
 class BlockEvents(NamedTuple):
@@ -132,6 +133,7 @@ class RecordLayout:
 
         Args:
             slot: the slot's field views, its request rows zero.
+            pieces: one at least.
             places: int32[item rows], where the device holds a row of the item table, -1 where it does not; None: it
                 is to hold none.
 

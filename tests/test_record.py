@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flame_jax.packing import MAX_TIME, Bucket, Extent, Layout, Place, place, slot_layout
-from flame_jax.record import BlockEvents, RecordLayout
+from flame_jax.record import BlockEvents, Piece, RecordLayout
 from flame_jax.schema import Feature, FeatureSchema
 from tests.test_schema import schemas
 
@@ -129,27 +129,81 @@ def expect(
             column[where.candidate_start + k - (tokens - len(column))] = number
 
 
-@settings(max_examples=90)
-@given(schemas(), st.data())
-def test_written_pieces_leave_exactly_their_values_in_the_slot(schema: FeatureSchema, data: st.DataObject) -> None:
-    records = RecordLayout(schema)
-    logical = [data.draw(logicals(schema)) for _ in range(data.draw(st.integers(1, 3)))]
+class Some(NamedTuple):
+    """Pieces of requests, and a bucket with some room to spare."""
+
+    logical: list[Logical]
+    bounds: list[tuple[int, int]]
+    extents: list[Extent]
+    layout: Layout
+    bucket: Bucket
+
+    @property
+    def wheres(self) -> list[Place]:
+        """Where they go."""
+        return place(self.extents, self.bucket, self.layout)
+
+
+@st.composite
+def batches(draw: st.DrawFn, schema: FeatureSchema) -> Some:
+    logical = draw(st.lists(logicals(schema), min_size=1, max_size=3))
     bounds = []
     for one in logical:
-        low = data.draw(st.integers(0, len(one.candidates) - 1))
-        bounds.append((low, data.draw(st.integers(low + 1, len(one.candidates)))))
+        low = draw(st.integers(0, len(one.candidates) - 1))
+        bounds.append((low, draw(st.integers(low + 1, len(one.candidates)))))
     extents = [Extent(max(map(len, one.blocks)), high - low) for one, (low, high) in zip(logical, bounds, strict=True)]
-    layout = Layout(align=data.draw(st.sampled_from([1, 4])), max_requests=4)
+    layout = Layout(align=draw(st.sampled_from([1, 4])), max_requests=4)
     aligned = [layout.aligned_extent(extent) for extent in extents]
     candidates = sum(extent.candidates for extent in aligned) + layout.align
     bucket = Bucket(sum(extent.history for extent in aligned) + candidates, candidates)
-    slots = slot_layout(schema, layout, bucket)
+    return Some(logical, bounds, extents, layout, bucket)
+
+
+@settings(max_examples=90)
+@given(schemas(), st.data())
+def test_written_pieces_leave_exactly_their_values_in_the_slot(schema: FeatureSchema, data: st.DataObject) -> None:
+    records, some = RecordLayout(schema), data.draw(batches(schema))
+    slots = slot_layout(schema, some.layout, some.bucket)
     buffer = np.random.default_rng(0).integers(-(2**31), 2**31, slots.words).astype(np.int32)
     expected = buffer.copy()
-    for row, (one, where, (low, high)) in enumerate(zip(logical, place(extents, bucket, layout), bounds, strict=True)):
+    for row, (one, where, (low, high)) in enumerate(zip(some.logical, some.wheres, some.bounds, strict=True)):
         records.write(slots.views(buffer), row, where, encoded(records, schema, one), low, high)
         expect(slots.views(expected), schema, row, where, one, low, high)
     np.testing.assert_array_equal(buffer, expected)
+
+
+@settings(max_examples=90)
+@given(schemas(), st.data())
+def test_a_batch_leaves_what_its_pieces_do_and_candidates_actions_and_times_between_them(
+    schema: FeatureSchema, data: st.DataObject
+) -> None:
+    records, some = RecordLayout(schema), data.draw(batches(schema))
+    slots = slot_layout(schema, some.layout, some.bucket)
+    buffer = np.random.default_rng(0).integers(-(2**31), 2**31, slots.words).astype(np.int32)
+    slots.views(buffer)["rows"][:] = 0
+    expected = buffer.copy()
+    pieces = [
+        # As it comes from another process: read-only.
+        Piece(np.frombuffer(encoded(records, schema, one).tobytes(), np.int32), low, high)
+        for one, (low, high) in zip(some.logical, some.bounds, strict=True)
+    ]
+    rows = records.fill(slots.views(buffer), pieces, some.bucket, some.layout)
+    wheres, bucket = some.wheres, some.bucket
+    for row, (one, where, (low, high)) in enumerate(zip(some.logical, wheres, some.bounds, strict=True)):
+        expect(slots.views(expected), schema, row, where, one, low, high)
+    for name in ("action", "time"):
+        tail = wheres[-1].candidate_start
+        gaps = slots.views(buffer)[name][:, tail:], slots.views(expected)[name][:, tail:]
+        inside = np.zeros(bucket.tokens - tail, bool)
+        for where, extent in zip(wheres, some.extents, strict=True):
+            inside[where.candidate_start - tail : where.candidate_start - tail + extent.candidates] = True
+        gaps[1][:, ~inside] = gaps[0][:, ~inside]  # nobody's rows
+    np.testing.assert_array_equal(buffer, expected)
+    base = bucket.tokens - bucket.candidates
+    assert rows == [
+        slice(where.candidate_start - base, where.candidate_start - base + extent.candidates)
+        for where, extent in zip(wheres, some.extents, strict=True)
+    ]
 
 
 @settings(max_examples=50)

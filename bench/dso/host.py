@@ -13,8 +13,9 @@ import jax
 from bench.artifacts import ITEMS
 from bench.dso.load import Load, Point
 from bench.dso.simulate import LAYOUT, PAPER, SLOWER, measured
-from bench.dso.systems import emulated, settled
+from bench.dso.systems import emulated
 from bench.dso.traffic import Mix, paper
+from bench.settled import settled
 from flame_jax.commandline import load
 from flame_jax.config import Config
 

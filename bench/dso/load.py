@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +20,8 @@ RECORDS = 256
 """Different requests of a mix; they come again and again."""
 MOST = 1 << 20
 """Of them, in a closed loop."""
+PATIENT = 120
+"""Seconds after which a load is given up."""
 _CODES = {status: code for code, status in enumerate(Status)}
 PATIENCE = 1e6
 """Seconds that a request waits where nobody is refused."""
@@ -66,22 +68,24 @@ class _Tally:
     handed: np.ndarray
     ended: np.ndarray
     status: np.ndarray
-    pieces: int = 0
+    batches: np.ndarray
 
     @classmethod
     def of(cls, count: int) -> _Tally:
-        return cls(np.zeros(count), np.zeros(count), np.zeros(count), np.full(count, -1, np.int8))
+        return cls(
+            np.zeros(count), np.zeros(count), np.zeros(count), np.full(count, -1, np.int8), np.zeros(count, np.int32)
+        )
 
     def answered(self, done: list[Done]) -> None:
         now = time.monotonic()
         for each in done:
             self.ended[each.ticket] = now
             self.status[each.ticket] = _CODES[each.status]
-            self.pieces += each.batches
+            self.batches[each.ticket] = each.batches
 
     def first(self, count: int) -> _Tally:
-        return replace(
-            self, due=self.due[:count], handed=self.handed[:count], ended=self.ended[:count], status=self.status[:count]
+        return _Tally(
+            self.due[:count], self.handed[:count], self.ended[:count], self.status[:count], self.batches[:count]
         )
 
 
@@ -138,11 +142,12 @@ class Load:
         return self._point(tally.first(count), books, which[:count], begun, spent, PATIENCE)
 
     def _begin(self, count: int) -> tuple[_Tally, dict[str, float]]:
-        tally = _Tally.of(count)
+        tally, self._answers, ended = _Tally.of(count), 0, queue.SimpleQueue[int]()
+        self._ended = ended
 
         def answered(done: list[Done]) -> None:
             tally.answered(done)
-            self._ended.put(len(done))
+            ended.put(len(done))
 
         self._system.answered = answered
         return tally, self._system.books()
@@ -161,7 +166,10 @@ class Load:
     def _wait(self, count: int) -> None:
         """For so many more answers."""
         while self._answers < count:
-            self._answers += self._ended.get(timeout=120)
+            try:
+                self._answers += self._ended.get(timeout=PATIENT)
+            except queue.Empty:
+                raise RuntimeError(f"no request was answered for {PATIENT} s") from None
         self._answers -= count
 
     def _point(
@@ -188,7 +196,7 @@ class Load:
             outcomes={s.value: n for s, code in _CODES.items() if (n := int((tally.status == code).sum()))},
             padding=1 - books["rows"] / max(1.0, books["tokens"]),
             occupancy=books["busy_seconds"] / seconds / self._system.lanes,
-            requests_per_batch=tally.pieces / batches,
+            requests_per_batch=float(tally.batches.sum()) / batches,
             host_us_per_batch=books["thread_seconds"] / batches * 1e6,
             host_us_per_request=spent / count * 1e6,
             behind_ms=_milliseconds(tally.handed - tally.due)["p99"],

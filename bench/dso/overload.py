@@ -13,7 +13,8 @@ import jax
 from bench.artifacts import ITEMS
 from bench.dso.load import Load
 from bench.dso.scale import scale_of
-from bench.dso.systems import System, engine_of, settled
+from bench.dso.systems import System, engine_of
+from bench.settled import settled
 from flame_jax.dso.calibrate import calibrate
 from flame_jax.dso.lanes import make_lanes
 

@@ -14,7 +14,8 @@ import numpy as np
 from bench.artifacts import ITEMS
 from bench.dso.load import Load
 from bench.dso.scale import scale_of
-from bench.dso.systems import batching, engine_of, settled
+from bench.dso.systems import batching, engine_of
+from bench.settled import settled
 from flame_jax.dso.lanes import make_lanes
 
 LOAD = 0.8

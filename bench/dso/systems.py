@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import gc
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +22,6 @@ from flame_jax.dso.work import Done
 from flame_jax.fke.artifact import Artifact
 from flame_jax.fke.build import Builder, build
 from flame_jax.fke.engine import Engine
-from flame_jax.interpreter import settle
 from flame_jax.models.serving import served_slot
 from flame_jax.packing import Bucket, Extent
 from flame_jax.pda.page_lock import PageLock
@@ -42,8 +38,10 @@ def built(config: Config, buckets: Sequence[tuple[int, int]], builder: Builder, 
         config = replace(config, export=export)
         build(config, untrained(config), builder)
     artifact = Artifact(path)
-    if set(artifact.manifest.buckets) != {Bucket(*bucket) for bucket in buckets}:
-        raise ValueError(f"{path} is of other buckets: {artifact.manifest.buckets}")
+    made, wanted = artifact.manifest, {Bucket(*bucket) for bucket in buckets}
+    same_model = (made.model, made.schema, made.layout) == (config.model, config.schema, config.layout)
+    if not same_model or set(made.buckets) != wanted:
+        raise ValueError(f"{path} is of another model, or of other buckets")
     return artifact
 
 
@@ -118,18 +116,6 @@ class System:
     def stop(self) -> None:
         """End its threads."""
         assert self.dispatcher.stop(30.0), "a batch hangs"
-
-
-@contextmanager
-def settled() -> Iterator[None]:
-    """Python as in a server that is ready; afterwards as before."""
-    before = sys.getswitchinterval()
-    settle()
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)
-        gc.unfreeze()
 
 
 def _fatal() -> None:

@@ -17,7 +17,8 @@ from bench.dso.curves import draw
 from bench.dso.load import Load
 from bench.dso.plain import Plain
 from bench.dso.scale import Scale, scale_of
-from bench.dso.systems import System, batching, engine_of, settled
+from bench.dso.systems import System, batching, engine_of
+from bench.settled import settled
 from flame_jax.dso.lanes import make_lanes
 from flame_jax.packing import Bucket
 

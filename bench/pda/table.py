@@ -12,8 +12,8 @@ import gc
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -28,6 +28,7 @@ from bench.pda.bars import Panel, svg
 from bench.pda.outside import MOMENT, Callers, callers, far
 from bench.pda.pipeline import Pipeline, Runs, Trivial
 from bench.pda.servers import Server, running
+from bench.settled import settled
 from bench.synthetic import write_store
 from flame_jax.config import Config
 from flame_jax.feature_config import CacheConfig, StoreConfig
@@ -70,7 +71,7 @@ class Row(NamedTuple):
     name: str
     cache: Literal["off", "sync", "async"]
     tuned: bool
-    frozen: bool
+    settled: bool
 
 
 ROWS = (
@@ -80,7 +81,7 @@ ROWS = (
     Row("memory optimisation", "off", True, False),
     Row("cache (sync), memory optimisation", "sync", True, False),
     Row("cache (async), memory optimisation", "async", True, False),
-    Row("the same, garbage collection frozen", "async", True, True),
+    Row("the same, Python settled as in a server", "async", True, True),
 )
 
 
@@ -197,8 +198,9 @@ async def _measure(row: Row, served: Served, server: Server, port: int, calling:
             found = await store.fetch(None, ids, patient=True)
             query.cache.put(ids, found.items, found.found)
     load = _Load(pipeline, served, calling)
+    gc.collect()
     try:
-        with _frozen(row.frozen), closing(redis.Redis.from_url(server.url)) as client:
+        with settled() if row.settled else nullcontext(), closing(redis.Redis.from_url(server.url)) as client:
             rate = await load.rate_of(SHARE, size.seconds)
             bytes_before, counts = _sent(client), query.cache.counts if query.cache else None
             offered = await load.offer(rate, size.seconds)
@@ -228,18 +230,6 @@ async def _measure(row: Row, served: Served, server: Server, port: int, calling:
 def _sent(client: redis.Redis) -> int:
     info: Any = client.info("stats")
     return int(info["total_net_output_bytes"])
-
-
-@contextmanager
-def _frozen(frozen: bool) -> Iterator[None]:
-    """What is there is left out of garbage collection, as in a server that is ready."""
-    gc.collect()
-    if frozen:
-        gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def ablation(

@@ -10,7 +10,8 @@ from flame_jax.packing import Bucket
 WEIGHT = 0.05
 """Of one batch in an estimate that has seen many; the first ones count more."""
 OUTLIER = 2.0
-"""A batch counts as so many times the estimate at most: one that was held up says little of the next."""
+"""A batch counts as so many times the estimate at most, and as such a part of it at least: one that was held up, or
+that was told of late, says little of the next."""
 MEASURED = 5
 """Batches that a measurement before the first call counts for."""
 STALE = 1000
@@ -20,26 +21,29 @@ LOOK = 100
 
 
 class Lead:
-    """Seconds from a decision until its first batch is on its lane: the mean of late, and how far off it they are.
+    """Seconds from a decision until its first batch goes to its lane: their mean of late, and how far from it they lie.
 
     Args:
         seconds: where nothing has been seen yet; 0 if that is not known.
+
+    Attributes:
+        mean: of late.
     """
 
     def __init__(self, seconds: float) -> None:
-        self._mean, self._apart = seconds, 0.0
+        self.mean, self._apart = seconds, 0.0
 
     @property
     def seconds(self) -> float:
         """That mostly are enough."""
-        return self._mean + self._apart
+        return self.mean + self._apart
 
     def observe(self, seconds: float) -> None:
         """It took so long this time."""
-        if not self._mean:
-            self._mean = seconds
-        apart = min(seconds, OUTLIER * self.seconds) - self._mean
-        self._mean += WEIGHT * apart
+        if not self.mean:
+            self.mean = seconds
+        apart = min(seconds, OUTLIER * self.seconds) - self.mean
+        self.mean += WEIGHT * apart
         self._apart += WEIGHT * (abs(apart) - self._apart)
 
 

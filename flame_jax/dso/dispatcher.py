@@ -259,7 +259,8 @@ class Dispatcher:
             work.assemble_ns += launched - begun
             if not work.launched_ns:
                 work.queue_ns, work.launched_ns = begun - int(work.since * 1e9), launched
-        self._scheduler.began(flight, time.monotonic(), first=first)
+        # Launching counts as a batch's time, as it does in calibration: on a CPU it may be all of it.
+        self._scheduler.began(flight, launched / 1e9, first=first)
         self._launched[flight.lane].put(_Launched(flight, executor, launched))
 
     def _completion(self, number: int) -> Callable[[], None]:

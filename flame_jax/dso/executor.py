@@ -20,7 +20,7 @@ class Scored(NamedTuple):
     """Of one piece.
 
     Attributes:
-        values: float32[count, tasks], for reading; part of what the whole batch's scores lie in.
+        values: float32[count, tasks], for reading; part of what the whole batch's scores lie in, which it keeps alive.
         finite: all of them are numbers.
     """
 

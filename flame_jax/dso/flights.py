@@ -34,7 +34,8 @@ class Flight:
         lane: number of the lane it runs on.
         busy: lanes that ran something when it was launched, its own among them.
         queued: requests still waited when it was launched.
-        launched: when it was decided on, then when it was on its lane.
+        decided: when it was, in seconds.
+        launched: when it went to its lane, filled; before, as `decided`.
         rows: of its requests.
         useful: of these, a history of which only some candidates are in counts in proportion.
         again: it is of one request that was in a batch that failed.
@@ -45,6 +46,7 @@ class Flight:
     parts: list[Part]
     busy: int
     queued: bool
+    decided: float
     launched: float
     rows: int
     useful: float

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from flame_jax.dso.batching import Batch
-from flame_jax.dso.costs import CostModel, Lead
+from flame_jax.dso.costs import OUTLIER, CostModel, Lead
 from flame_jax.dso.flights import Flight, LaneState, Totals
 from flame_jax.dso.policy import Launch, Policy, State, Wait
 from flame_jax.dso.waiting import Queue, QueueLimit
@@ -103,8 +103,9 @@ class Scheduler:
         self.launched: dict[Bucket, int] = dict.fromkeys(ladder, 0)
         self.expired = self.refused = self.retried = 0
         self._arrivals = self._arrived = 0.0
-        self._came = 0
+        self._came = 0  # since arrivals were last counted
         largest = ladder[-1]
+        # Rows of the longest history that leaves room for a candidate.
         self._longest = (largest.tokens - 1) // layout.align * layout.align
         self._rows_per_second = largest.tokens * lanes / costs.seconds(largest, lanes)
 
@@ -241,8 +242,8 @@ class Scheduler:
         number = min(open_lanes, key=lambda n: (len(self.lanes[n].flights), self.lanes[n].free_at))
         lane = self.lanes[number]
         busy = sum(bool(other.flights) for other in self.lanes if other is not lane) + 1
-        flight = Flight(number, batch.bucket, parts, busy, bool(len(self.queue)), now, rows, useful, again)
-        begins = now + self._lead.seconds
+        flight = Flight(number, batch.bucket, parts, busy, bool(len(self.queue)), now, now, rows, useful, again)
+        begins = now + self._lead.mean
         lane.free_at = max(begins, lane.free_at if lane.flights else begins) + self.costs.seconds(batch.bucket, busy)
         lane.flights.append(flight)
         self.launched[batch.bucket] += 1
@@ -250,9 +251,12 @@ class Scheduler:
         return flight
 
     def began(self, flight: Flight, now: float, *, first: bool) -> None:
-        """A batch of a launch is on its lane; the first of them, or one behind others. In the order of `take`."""
+        """A batch went to its lane, filled: the first of a decision, or one behind it. In the order of `take`.
+
+        Of the thread that asks for views and decisions; no other looks at the lead.
+        """
         if first:
-            self._lead.observe(now - flight.launched)
+            self._lead.observe(now - flight.decided)
         flight.launched = now
 
     def finished(self, flight: Flight, now: float) -> list[Done]:
@@ -262,7 +266,8 @@ class Scheduler:
         self._off(flight, now)
         if lane.failures:
             lane.failures, lane.blamed = 0, set()
-        seconds = max(now - began, 1e-9)
+        # Behind a batch whose end was told late it seems to have taken no time at all.
+        seconds = max(now - began, self.costs.seconds(flight.bucket, flight.busy) / OUTLIER)
         self.totals.batches += 1
         self.totals.rows += flight.rows
         self.totals.tokens += flight.bucket.tokens

@@ -67,26 +67,25 @@ class Queue:
         self._rows[work.traffic_class] += change
         self.rows += change
 
-    def remove(self, work: Work) -> bool:
-        """Take it out; False if it does not wait."""
-        if not work.queued:
-            return False
+    def remove(self, work: Work) -> None:
+        """Take out one that waits."""
         entries = self._classes[work.traffic_class]
         del entries[bisect_left(entries, (work.due, work.ticket))]
         work.queued = False
         self._count -= 1
         self._count_rows(work)
-        return True
 
     def served(self, work: Work, part: float) -> None:
         """This part of it goes to a device: its class has had that, and less of it waits, or nothing."""
         number = work.traffic_class
         self._clock = max(self._clock, self._virtual[number])
         self._virtual[number] += part * work.rows / self.shares[number]
-        if not work.todo:
-            self.remove(work)
-        elif work.queued:
+        if not work.queued:
+            return
+        if work.todo:
             self._count_rows(work)
+        else:
+            self.remove(work)
 
     def front(self, count: int, *, by_share: bool) -> list[Work]:
         """The first `count`, the most urgent first."""

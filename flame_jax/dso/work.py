@@ -109,7 +109,8 @@ class Work:
         else:
             if self.scores is None:
                 self.scores = np.empty((candidates, values.shape[1]), np.float32)
-            self.scores[low : low + len(values)] = values
+            # Under the dispatcher's lock: NumPy would give Python's away.
+            memoryview(self.scores[low : low + len(values)]).cast("B")[:] = memoryview(values).cast("B")
         self.finite &= finite
 
     def again(self, low: int, high: int) -> None:

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import pytest
 
 from flame_jax.dso.dispatcher import Dispatcher
-from flame_jax.dso.scheduler import Refused
+from flame_jax.dso.flights import Flight
+from flame_jax.dso.scheduler import Refused, Scheduler
 from flame_jax.dso.work import Done, Status
 from flame_jax.packing import Extent, fits
 from tests.dso.fakes import (
@@ -270,6 +271,35 @@ def test_a_split_request_that_fails_in_its_first_piece_is_answered_once_and_cost
     assert (answers[1].status, answers[1].scores) == (Status.FAILED, None)
     assert ok(answers[2])
     assert sum(ticket == 1 for batch in held.lab.batches for ticket, _, _ in batch) <= 1
+
+
+def test_a_split_request_of_which_one_piece_ran_again_has_all_its_scores(held: Desk) -> None:
+    held.lab.plan("scores", 5, RuntimeError("once"))
+    held.block()
+    held.submit(3, candidates=33)  # 32, and one that shares a batch
+    held.submit(5)
+    answers = held.finish()
+    assert [(3, 32, 33), (5, 0, 4)] in held.lab.batches
+    assert ok(answers[3], 33)
+    assert ok(answers[5])
+    assert held.dispatcher.scheduler.retried == 2
+
+
+def test_the_books_are_told_of_every_batch_that_was_launched_and_of_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    began, told = Scheduler.began, list[tuple[list[int], bool]]()
+
+    def tell(self: Scheduler, flight: Flight, now: float, *, first: bool) -> None:
+        told.append(([part.work.ticket for part in flight.parts], first))
+        began(self, flight, now, first=first)
+
+    monkeypatch.setattr(Scheduler, "began", tell)
+    desk = Desk()
+    desk.lab.plan("launch", 2, RuntimeError("no"))
+    for ticket in (1, 2, 3):
+        desk.submit(ticket)
+        desk.wait(ticket)
+    desk.finish()
+    assert told == [([1], True), ([3], True)]
 
 
 def test_a_split_request_fails_once_when_several_of_its_pieces_fail() -> None:

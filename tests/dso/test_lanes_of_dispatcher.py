@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import pytest
 
 from flame_jax.dso.executor import Executor, Scored
@@ -242,7 +243,11 @@ def test_a_score_that_is_no_number_fails_its_request_alone(monkeypatch: pytest.M
     scores = FakeExecutor.scores
 
     def some_nan(self: FakeExecutor) -> list[Scored]:
-        return [each._replace(finite=ticket != 2) for ticket, each in zip(self._tickets, scores(self), strict=True)]
+        found = scores(self)
+        for ticket, each in zip(self._tickets, found, strict=True):
+            if ticket == 2:
+                each.values[1, 0] = np.nan
+        return [Scored(values, bool(np.isfinite(values).all())) for values, _ in found]
 
     monkeypatch.setattr(FakeExecutor, "scores", some_nan)
     desk = Desk(open=False)

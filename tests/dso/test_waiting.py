@@ -36,8 +36,8 @@ def test_it_holds_what_a_plain_list_would_in_the_order_of_deadlines(steps: list[
             queue.add(plain[-1])
         elif step == "remove" and plain:
             gone = plain.pop(number % len(plain))
-            assert queue.remove(gone)
-            assert not queue.remove(gone)
+            queue.remove(gone)
+            assert not gone.queued
         elif step == "due":
             due = [each for each in plain if each.due <= number]
             assert sorted(tickets(queue.due_by(number))) == sorted(tickets(due))
