@@ -149,11 +149,8 @@ class RecordLayout:
         wheres = place(extents, bucket, layout)
         # Candidates lie together at the end, the first piece's last, with gaps that no request's row points at.
         first = wheres[-1].candidate_start
-        ends = [bucket.tokens, *(where.candidate_start for where in wheres[:-1])]
-        spans = [end - where.candidate_start for end, where in zip(ends, wheres, strict=True)]
         slot["action"][:, first:] = self.candidate_action
-        times = np.array([head[_TIME] for head in reversed(heads)], np.int32)
-        slot["time"][:, first:] = np.repeat(times, spans[::-1])
+        slot["time"][:, first:] = heads[0][_TIME] if len(heads) == 1 else _times(heads, wheres, bucket)
         self._write_requests(slot, 0, heads, wheres, extents)
         columns = self._columns(slot)
         copies: list[Copy] = []
@@ -260,6 +257,13 @@ class RecordLayout:
             own = first - (base - len(column))
             column[own : own + count] = source[at + low : at + high]
         return copies
+
+
+def _times(heads: Sequence[Sequence[int]], wheres: Sequence[Place], bucket: Bucket) -> np.ndarray:
+    """int32: each candidate row's request time, from the first row of the last request on."""
+    starts = [where.candidate_start for where in wheres]
+    spans = [end - start for end, start in zip([bucket.tokens, *starts], starts, strict=False)]
+    return np.repeat(np.array([head[_TIME] for head in reversed(heads)], np.int32), spans[::-1])
 
 
 class _Columns(NamedTuple):
