@@ -198,14 +198,22 @@ class Dispatcher:
 
     def _dispatch_loop(self) -> None:
         try:
-            while (batches := self._next_batches()) is not None:
-                for number, (flight, executor) in enumerate(batches):
-                    self._launch(flight, executor, first=number == 0)
+            while self._launch_next():
+                pass
         finally:
             # Behind everything that was launched: no batch may be left that nobody waits for.
             self._ended.set()
             for launched in self._launched:
                 launched.put(None)
+
+    def _launch_next(self) -> bool:
+        """One decision's batches; False once stopped. Its frame ends, and with it what holds their requests."""
+        batches = self._next_batches()
+        if batches is None:
+            return False
+        for number, (flight, executor) in enumerate(batches):
+            self._launch(flight, executor, first=number == 0)
+        return True
 
     def _next_batches(self) -> list[tuple[Flight, Executor]] | None:
         """Wait until something is to be launched; None once stopped and empty, or dead."""
@@ -267,6 +275,7 @@ class Dispatcher:
         def loop() -> None:
             while (launched := self._launched[number].get()) is not None:
                 self._complete(*launched)
+                del launched  # it would hold its requests until there is another batch
 
         return loop
 

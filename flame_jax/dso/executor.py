@@ -20,7 +20,7 @@ class Scored(NamedTuple):
     """Of one piece.
 
     Attributes:
-        values: float32[count, tasks], for reading; part of what the whole batch's scores lie in, which it keeps alive.
+        values: float32[count, tasks], for reading; part of the whole batch's scores.
         finite: all of them are numbers.
     """
 
@@ -88,7 +88,8 @@ class Executor:
         """Wait for the launched batch; its pieces in the order filled."""
         assert self._result is not None, "nothing was launched"
         try:
-            result = np.asarray(self._result)
+            # A copy: the device's memory is not to live for as long as an answer does.
+            result = np.array(self._result)
         finally:
             self._result = None
             self._end()
