@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
@@ -42,6 +43,8 @@ from flame_jax.server.ranking import SERVICE, RankingService
 from flame_jax.server.reload import Reloader
 
 PROG = "python -m flame_jax.server"
+REFUSING, QUIET = 1.0, 0.1
+"""Seconds for which a server that has drained refuses calls at most; and without any after which it stops."""
 
 log = logging.getLogger("flame_jax.server")
 
@@ -130,6 +133,7 @@ async def serve(config: Config) -> int:
     if not await _drained(service, settings.drain_seconds):
         log.error("%d calls did not finish within server.drain_seconds", service.in_flight)
         status = 1
+    await _unheeded(service)
     await asyncio.gather(*(each.stop(grace=1.0) for each in (server, admin) if each is not None))
     if status == 0 and not await models.stop():
         log.error("a batch did not finish: the device hangs")
@@ -334,3 +338,14 @@ async def _drained(service: RankingService, seconds: float) -> bool:
     except TimeoutError:
         return False
     return True
+
+
+async def _unheeded(service: RankingService) -> None:
+    """Go on refusing calls until none comes: one that gRPC has not handed over when its server stops is not told
+    UNAVAILABLE, but CANCELLED."""
+    until = time.monotonic() + REFUSING
+    while time.monotonic() < until:
+        before = service.calls
+        await asyncio.sleep(QUIET)
+        if service.calls == before and not service.in_flight:
+            return

@@ -77,7 +77,7 @@ class RankingService:
         self._model, self._models, self._config, self._query = model, models, config, query
         self._metrics, self._on_failed = metrics, on_failed
         self.draining = False
-        self.in_flight = 0
+        self.in_flight = self.calls = 0
 
     def handler(self) -> grpc.GenericRpcHandler:
         """The service with raw-bytes methods: a malformed message reaches our code, not gRPC's parser."""
@@ -91,6 +91,7 @@ class RankingService:
         call = _Call(started, started + int(seconds * 1e9))
         self._metrics.accepted()
         self.in_flight += 1
+        self.calls += 1
         try:
             async with asyncio.timeout(seconds):
                 answer = await self._answer(message, call)

@@ -205,7 +205,8 @@ def test_the_store_may_vanish_while_serving(files: Files, tmp_path: Path) -> Non
 
 def test_sigterm_finishes_accepted_calls_and_refuses_new_ones(files: Files, tmp_path: Path) -> None:
     """Every call either succeeds or is told UNAVAILABLE, none hangs, and the process exits 0."""
-    with serving(files, tmp_path / "log") as server, RankingClient(server.target) as client:
+    patient = ["--dispatch.target_wait_ms", "60000"]  # on a slow machine twelve callers may be too many
+    with serving(files, tmp_path / "log", *patient) as server, RankingClient(server.target) as client:
         outcomes: list[str] = []
         told = threading.Event()
 
