@@ -1,5 +1,4 @@
-"""One call per request and nothing else: no policy, no deadlines, no batches. What a dispatcher must be worth its time
-against."""
+"""One call per request, with no policy, deadlines or batches: what a dispatcher is to be better than."""
 
 from __future__ import annotations
 

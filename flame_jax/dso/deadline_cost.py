@@ -50,12 +50,12 @@ class DeadlineCost:
             start = max(state.lead, state.next_idle - state.now)
             lanes = Lanes(start, 1, max(0, state.busy - 1), state.arrivals)
         planner = Planner(backlog, self._ladder, self._costs, lanes)
+        if not state.idle and (until := self._for_lane(state, backlog, planner)) > state.now:
+            return Wait(until)
         plan = planner.best()
-        if state.idle:
-            until = self._for_company(state, backlog, planner, plan)
-        else:
-            until = self._for_lane(state, backlog, planner)
-        return Wait(until) if until > state.now else Launch(backlog.batches(plan.loads))
+        if state.idle and (until := self._for_company(state, backlog, planner, plan)) > state.now:
+            return Wait(until)
+        return Launch(backlog.batches(plan.loads))
 
     def _for_lane(self, state: State, backlog: Backlog, planner: Planner) -> float:
         """When to launch what follows a running batch: at once if what waits fills the most efficient bucket."""

@@ -62,6 +62,7 @@ class Planner:
     """Plays out ways to serve a backlog.
 
     Args:
+        backlog: whatever can't be in time is moved behind the others.
         lanes: at least one free.
     """
 
@@ -69,6 +70,7 @@ class Planner:
         self._backlog, self._ladder, self._costs, self._lanes = backlog, ladder, costs, lanes
         self._earliest = min(backlog.due)
         self._prices: dict[int, Prices] = {}
+        self._put_off_hopeless()
 
     def prices(self, launched: int) -> Prices:
         """What buckets cost with so many launched at once."""
@@ -80,7 +82,6 @@ class Planner:
 
     def best(self) -> Plan:
         """Fewest late, fewest of them in the launch, least cost, then the largest bucket."""
-        self._put_off_hopeless()
         best = min(self._in_order(), key=_rank)
         items, free = len(self._backlog.items), self._lanes.free
         if items <= FEW:
@@ -145,16 +146,27 @@ class Planner:
                 yield self._play(now, *backlog.pack(rest, tail, 2 * FEW if few else 1))
 
     def _caps(self) -> Sequence[int]:
-        """Buckets worth a try: all of them, or, where more waits than the largest hold and nobody is in a hurry, those
-        that are not far from the best rate. With a long queue nothing else makes up for a slow launch."""
+        """Buckets worth a try: those that do not cut the first request for nothing, or, where more waits than the
+        largest hold and nobody is in a hurry, those that are not far from the best rate. With a long queue nothing else
+        makes up for a slow launch."""
         tokens, every = self._ladder[-1].tokens * self._lanes.free, range(len(self._ladder))
         prices = self.prices(self._lanes.free)
         slowest = max(price[0] for price in prices)
         if self._backlog.tokens <= tokens or self._earliest <= self._lanes.start + 2 * slowest:
-            return every
+            return [cap for cap in every if not self._cuts_in_vain(self._ladder[cap])]
         rates = {bucket: bucket.tokens / seconds for seconds, bucket in prices}
         enough = NEAR * max(rates.values())
         return [cap for cap in every if rates[self._ladder[cap]] >= enough]
+
+    def _cuts_in_vain(self, cap: Bucket) -> bool:
+        """Whether the first request, cut to this bucket, is done no sooner than whole, were it alone on all lanes."""
+        _, history, rows = self._backlog.items[0]
+        room = min(cap.candidates, cap.tokens - history)
+        if room >= rows or room <= 0:
+            return False
+        turns = -(-rows // (room * self._lanes.free))
+        whole, _ = cheapest(self.prices(1), history + rows, rows)
+        return turns * self._costs.seconds(cap, self._lanes.busy + 1) >= whole
 
     def _rate(self, loads: list[Load]) -> float:
         """Useful rows per second of a lane."""
