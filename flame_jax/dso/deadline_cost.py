@@ -58,13 +58,19 @@ class DeadlineCost:
         return Launch(backlog.batches(plan.loads))
 
     def _for_lane(self, state: State, backlog: Backlog, planner: Planner) -> float:
-        """When to launch what follows a running batch: at once if what waits fills the most efficient bucket."""
-        _, bucket = min(planner.prices(1), key=lambda price: price[0] / price[1].tokens)
+        """When to launch what follows a running batch: at once if what waits fills the most efficient bucket.
+
+        What even the least batch takes is mostly the host's, launching it and hearing of its end. That goes beside the
+        batch before, if it is launched so much sooner.
+        """
+        prices = planner.prices(1)
+        _, bucket = min(prices, key=lambda price: price[0] / price[1].tokens)
         (load,), rest = backlog.pack(backlog.items, self._ladder.index(bucket), 1)
         full = load.tokens == bucket.tokens or load.candidates == bucket.candidates
         if rest or full or load.requests == self._layout.max_requests or len(state.waiting) > LOOK:
             return state.now
-        return state.next_idle - state.lead
+        least, _ = prices[0]
+        return state.next_idle - state.lead - least
 
     def _for_company(self, state: State, backlog: Backlog, planner: Planner, plan: Plan) -> float:
         """Until when the last idle lane is kept for one more request than wait."""

@@ -134,22 +134,24 @@ def test_who_cannot_be_in_time_makes_nobody_late_and_is_still_served() -> None:
     assert asked([waiting(24, 32, 109.0), waiting(8, 8, 113.5)]) == (Batch(LARGE, (Share(0, 32),)),)
 
 
-def test_without_an_idle_lane_it_waits_until_just_before_one_is() -> None:
+def test_without_an_idle_lane_it_waits_until_a_lead_and_a_least_batch_before_one_is() -> None:
     queue = [waiting(8, 8)]
-    assert asked(queue, idle=0, busy=1, next_idle=103.0, lead=0.5) == 102.5
-    assert asked(queue, idle=0, busy=1, next_idle=100.5, lead=0.5) == (Batch(SMALL, (Share(0, 8),)),)
+    assert asked(queue, idle=0, busy=1, next_idle=107.0, lead=0.5) == 102.5
+    assert asked(queue, idle=0, busy=1, next_idle=104.5, lead=0.5) == (Batch(SMALL, (Share(0, 8),)),)
     assert asked(queue, idle=0, busy=1, next_idle=99.0, lead=0.5) == (Batch(SMALL, (Share(0, 8),)),)
+    quick = Table({SMALL: 1.0, MIDDLE: 6.0, LARGE: 9.0})
+    assert asked([waiting(4, 4)], quick, idle=0, busy=1, next_idle=107.0, lead=0.5) == 105.5
 
 
 def test_without_an_idle_lane_a_batch_with_nothing_to_gain_is_launched_at_once() -> None:
     # LARGE has the most rows a second: four of 8 + 8 fill its tokens, and max_requests.
     full = Batch(LARGE, tuple(Share(n, 8) for n in range(4)))
-    assert asked([waiting(8, 8)] * 4, idle=0, busy=1, next_idle=103.0) == (full,)
-    assert asked([waiting(8, 8)] * 3, idle=0, busy=1, next_idle=103.0) == 103.0
+    assert asked([waiting(8, 8)] * 4, idle=0, busy=1, next_idle=107.0) == (full,)
+    assert asked([waiting(8, 8)] * 3, idle=0, busy=1, next_idle=107.0) == 103.0
     few = Batch(SMALL, tuple(Share(n, 1) for n in range(4)))
-    assert asked([waiting(0, 1)] * 4, COSTS, ALIGN_1, idle=0, busy=1, next_idle=103.0) == (few,)
+    assert asked([waiting(0, 1)] * 4, COSTS, ALIGN_1, idle=0, busy=1, next_idle=107.0) == (few,)
     # Candidates: 32 of 32.
-    assert asked([waiting(8, 32)], idle=0, busy=1, next_idle=103.0) == (Batch(LARGE, (Share(0, 32),)),)
+    assert asked([waiting(8, 32)], idle=0, busy=1, next_idle=107.0) == (Batch(LARGE, (Share(0, 32),)),)
 
 
 def test_the_last_idle_lane_waits_for_company_when_that_is_cheaper() -> None:
@@ -280,7 +282,8 @@ def test_it_waits_for_company_never_too_long_and_for_a_lane_never_longer_than_fo
             assert state.idle == 1
             assert decision.until <= min(request.since for request in state.waiting) + MAX_WAIT
         else:
-            assert decision.until == state.next_idle - 0.25
+            least = min(SLOWING.seconds(bucket, state.busy) for bucket in LADDER)
+            assert decision.until == state.next_idle - 0.25 - least
 
 
 @settings(max_examples=150)
