@@ -133,7 +133,7 @@ async def serve(config: Config) -> int:
     if not await _drained(service, settings.drain_seconds):
         log.error("%d calls did not finish within server.drain_seconds", service.in_flight)
         status = 1
-    await _unheeded(service)
+    await _until_nobody_calls(service)
     await asyncio.gather(*(each.stop(grace=1.0) for each in (server, admin) if each is not None))
     if status == 0 and not await models.stop():
         log.error("a batch did not finish: the device hangs")
@@ -340,7 +340,7 @@ async def _drained(service: RankingService, seconds: float) -> bool:
     return True
 
 
-async def _unheeded(service: RankingService) -> None:
+async def _until_nobody_calls(service: RankingService) -> None:
     """Go on refusing calls until none comes: one that gRPC has not handed over when its server stops is not told
     UNAVAILABLE, but CANCELLED."""
     until = time.monotonic() + REFUSING
