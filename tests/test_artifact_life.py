@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from flame_jax.client import RankingClient
 from tests import tiny
 from tests.server.live import environment, running, until
@@ -51,5 +53,6 @@ def test_build_inspect_verify_serve_reload_roll_back(tmp_path: Path) -> None:
             assert {row["version"]: row["status"] for row in json.loads(state)["versions"]}["1"] == "active"
             back = client.rank(USER, ITEMS)
             assert back.version == "1"
-            assert back.scores["like"].tobytes() == first.tobytes()
+            # Not to the bit: by what buckets are known to cost by now, it may be another bucket's executable.
+            np.testing.assert_allclose(back.scores["like"], first, rtol=0, atol=1e-5)
         assert server.metric("flame_compiles_after_ready_total") == 0

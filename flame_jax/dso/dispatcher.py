@@ -141,14 +141,11 @@ class Dispatcher:
             NoLane: nothing can run; a `Refused`, too.
             ValueError: the record has no candidates, or too long a history for any bucket.
         """
-        now = time.monotonic()
-        work = self._scheduler.new(
-            ticket, record, self._records.extent(record), now=now, due=deadline_ns / 1e9, traffic_class=traffic_class
-        )
+        now, due, extent = time.monotonic(), deadline_ns / 1e9, self._records.extent(record)
         with self._changed:
             if self._stopping:
                 raise Refused
-            evicted = self._scheduler.submit(work, now)
+            evicted = self._scheduler.submit(ticket, record, extent, now=now, due=due, traffic_class=traffic_class)
             if self._wants_requests:
                 self._notify()
         if evicted:

@@ -123,36 +123,37 @@ class Scheduler:
         begun = [max(lane.flights[0].launched, lane.finished) for lane in self.lanes if lane.flights]
         return min(begun, default=None)
 
-    def new(
+    def submit(
         self, ticket: int, record: np.ndarray, extent: Extent, *, now: float, due: float, traffic_class: int
-    ) -> Work:
-        """A request of these rows. Raises ValueError where no bucket holds it."""
-        if extent.candidates < 1 or extent.history > self._longest:
-            raise ValueError(f"no bucket holds a request of {extent}")
-        return Work(ticket, record, extent, since=now, due=due, traffic_class=traffic_class)
-
-    def submit(self, work: Work, now: float) -> list[Done]:
-        """Let a request wait; the answer of one that had to make room for it, if any.
+    ) -> list[Done]:
+        """Let a request of these rows wait; the answer of one that had to make room for it, if any.
 
         Raises:
             Refused: there is no room, or no time; `NoLane` where nothing can run.
+            ValueError: no bucket holds it.
         """
+        if extent.candidates < 1 or extent.history > self._longest:
+            raise ValueError(f"no bucket holds a request of {extent}")
         self._came += 1
         if not self._alive:
             raise NoLane
+        victim: Work | None = None
+        # First what costs the least: under overload most are refused here.
+        if len(self.queue) >= self.limit.limit:
+            victim = self.queue.most_over(traffic_class, self.limit.limit)
+            if victim is None:
+                self.refused += 1
+                raise Refused
+        work = Work(ticket, record, extent, since=now, due=due, traffic_class=traffic_class)
         if self._late(work, now):
             self.refused += 1
             raise Refused
         evicted: list[Done] = []
-        if len(self.queue) >= self.limit.limit:
-            victim = self.queue.most_over(work.traffic_class, self.limit.limit)
-            if victim is None:
-                self.refused += 1
-                raise Refused
+        if victim is not None:
             self.refused += 1
             evicted = self._leave([victim], Status.REFUSED)
         self.queue.add(work)
-        self.works[work.ticket] = work
+        self.works[ticket] = work
         return evicted
 
     def _late(self, work: Work, now: float) -> bool:

@@ -172,12 +172,11 @@ class Simulator:
     def _submit(self, arrival: Arrival) -> None:
         ticket = len(self._arrivals)
         self._arrivals[ticket] = arrival
-        work = self._scheduler.new(
-            ticket, _NO_RECORD, arrival.extent, now=self._now, due=arrival.time + arrival.patience,
-            traffic_class=arrival.traffic_class,
-        )  # fmt: skip
+        due, number = arrival.time + arrival.patience, arrival.traffic_class
         try:
-            self._end(self._scheduler.submit(work, self._now))
+            self._end(
+                self._scheduler.submit(ticket, _NO_RECORD, arrival.extent, now=self._now, due=due, traffic_class=number)
+            )
         except Refused:
             self._report.ended.append(Ended(arrival, Status.REFUSED, self._now))
 

@@ -26,8 +26,7 @@ def put(
 ) -> list[Done]:
     """Submit a request of 4 + `candidates` rows."""
     extent = Extent(4, candidates)
-    work = books.new(ticket, record(ticket), extent, now=now, due=due, traffic_class=traffic_class)
-    return books.submit(work, now)
+    return books.submit(ticket, record(ticket), extent, now=now, due=due, traffic_class=traffic_class)
 
 
 def launch(books: Scheduler, now: float) -> list[Flight]:
@@ -342,4 +341,4 @@ def test_a_score_that_is_no_number_fails_its_request_alone() -> None:
 
 def test_a_request_that_no_bucket_holds_is_refused() -> None:
     with pytest.raises(ValueError, match="no bucket"):
-        scheduler().new(1, np.zeros(0, np.int32), Extent(64, 1), now=0.0, due=1.0, traffic_class=0)
+        scheduler().submit(1, np.zeros(0, np.int32), Extent(64, 1), now=0.0, due=1.0, traffic_class=0)
