@@ -149,24 +149,26 @@ class Planner:
         """Buckets worth a try: those that do not cut the first request for nothing, or, where more waits than the
         largest hold and nobody is in a hurry, those that are not far from the best rate. With a long queue nothing else
         makes up for a slow launch."""
-        tokens, every = self._ladder[-1].tokens * self._lanes.free, range(len(self._ladder))
+        tokens = self._ladder[-1].tokens * self._lanes.free
         prices = self.prices(self._lanes.free)
         slowest = max(price[0] for price in prices)
         if self._backlog.tokens <= tokens or self._earliest <= self._lanes.start + 2 * slowest:
-            return [cap for cap in every if not self._cuts_in_vain(self._ladder[cap])]
+            return self._cutting_for_something()
         rates = {bucket: bucket.tokens / seconds for seconds, bucket in prices}
         enough = NEAR * max(rates.values())
-        return [cap for cap in every if rates[self._ladder[cap]] >= enough]
+        return [cap for cap, bucket in enumerate(self._ladder) if rates[bucket] >= enough]
 
-    def _cuts_in_vain(self, cap: Bucket) -> bool:
-        """Whether the first request, cut to this bucket, is done no sooner than whole, were it alone on all lanes."""
+    def _cutting_for_something(self) -> list[int]:
+        """Buckets, but for those cut to which the first request, alone on all lanes, is done no sooner than whole."""
         _, history, rows = self._backlog.items[0]
-        room = min(cap.candidates, cap.tokens - history)
-        if room >= rows or room <= 0:
-            return False
-        turns = -(-rows // (room * self._lanes.free))
         whole, _ = cheapest(self.prices(1), history + rows, rows)
-        return turns * self._costs.seconds(cap, self._lanes.busy + 1) >= whole
+        free, busy, caps = self._lanes.free, self._lanes.busy + 1, list[int]()
+        for cap, bucket in enumerate(self._ladder):
+            room = min(bucket.candidates, bucket.tokens - history)
+            cut = 0 < room < rows
+            if not cut or -(-rows // (room * free)) * self._costs.seconds(bucket, busy) < whole:
+                caps.append(cap)
+        return caps
 
     def _rate(self, loads: list[Load]) -> float:
         """Useful rows per second of a lane."""
