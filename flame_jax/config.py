@@ -246,7 +246,7 @@ class DispatchConfig:
         policy: what batches are made of, and when: `deadline_cost`, by deadlines and by what batches are known to take;
             or `descending`, the FLAME paper's, one request per batch, split over buckets (docs/dso.md).
         lanes: streams of each device, on which batches run beside each other, fewer where the log says why; `auto`:
-            1, 2 or 4, whichever runs the artifact's buckets fastest when it is loaded.
+            1, 2 or 4, whichever runs the most tokens a second when the artifact is loaded.
         lane_memory: share of a GPU's memory that each of its lanes but the first may take (docs/dso.md).
         devices: local devices that are used, the first ones.
         executors: executors (slot + executable) per bucket and lane, so batches on a lane at most.

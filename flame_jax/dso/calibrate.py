@@ -59,11 +59,14 @@ def _of(lanes: Sequence[Lane], device: jax.Device) -> list[Lane]:
 
 
 def rates(measured: Mapping[Bucket, Sequence[float]]) -> dict[int, float]:
-    """By the number of lanes, how many times as much they run as one: the mean over buckets."""
+    """By the number of lanes, how many times as many tokens a second they run as one, each in the bucket of which it
+    runs the most.
+
+    What more lanes gain on small buckets counts for nothing: where there is enough to do, batches are large.
+    """
     counts = [count for count in AUTO_LANES if count <= min(len(seconds) for seconds in measured.values())]
-    return {
-        count: round(statistics.mean(count * s[0] / s[count - 1] for s in measured.values()), 2) for count in counts
-    }
+    most = {count: max(count * b.tokens / s[count - 1] for b, s in measured.items()) for count in counts}
+    return {count: round(rate / most[1], 2) for count, rate in most.items()}
 
 
 def best_count(measured: Mapping[Bucket, Sequence[float]]) -> int:

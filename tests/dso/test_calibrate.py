@@ -61,10 +61,17 @@ def test_lanes_that_run_side_by_side_are_worth_their_number(monkeypatch: pytest.
 
 
 def test_more_lanes_are_taken_only_if_they_are_clearly_faster() -> None:
-    assert rates({SMALL: [1.0, 1.0, 3.0, 2.0], LARGE: [1.0, 2.0, 3.0, 4.0]}) == {1: 1.0, 2: 1.5, 4: 1.5}
-    assert best_count({SMALL: [1.0, 1.0, 3.0, 2.0], LARGE: [1.0, 2.0, 3.0, 4.0]}) == 2
+    assert rates({LARGE: [1.0, 1.25, 3.0, 2.5]}) == {1: 1.0, 2: 1.6, 4: 1.6}
+    assert best_count({LARGE: [1.0, 1.25, 3.0, 2.5]}) == 2
     assert best_count({SMALL: [1.0, 1.96, 3.0, 3.9]}) == 1
     assert best_count({SMALL: [1.0]}) == 1
+
+
+def test_lanes_count_by_the_bucket_that_fills_the_device_best() -> None:
+    """Small batches leave room for others on a device, but under load there are none."""
+    tokens = LARGE.tokens / SMALL.tokens
+    assert best_count({SMALL: [1.0] * 4, LARGE: [0.5 * tokens, tokens, 1.5 * tokens, 2 * tokens]}) == 4
+    assert best_count({SMALL: [1.0] * 4, LARGE: [0.2 * tokens, 0.4 * tokens, 0.6 * tokens, 0.8 * tokens]}) == 1
 
 
 def test_a_lane_that_fails_ends_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
