@@ -132,7 +132,7 @@ class LiveModel:
         engines = [lane.engine for lane in lanes]
 
         def again(number: int) -> list[Executor]:
-            engines[number] = engines[number].reloaded()
+            engines[number] = engines[number].reloaded(None if hot is None else hot.held)
             return executors(engines[number])
 
         scheduler = make_scheduler(

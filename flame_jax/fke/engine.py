@@ -21,6 +21,7 @@ from flame_jax.host_table import host_table
 from flame_jax.models.kernel_choice import too_small
 from flame_jax.models.serving import check_weights, served_slot, served_specs
 from flame_jax.packing import Bucket
+from flame_jax.pda.hot_rows import Held
 from flame_jax.pjrt import bring, out_of_memory, same_hardware
 from flame_jax.record import RecordLayout
 
@@ -106,8 +107,11 @@ class Engine:
         twin._settle(device, [bring(weight, device) for weight in self._weights])
         return twin
 
-    def reloaded(self) -> Engine:
-        """The same, its executables loaded from the artifact anew: another one in the place of one that fails.
+    def reloaded(self, held: Held | None = None) -> Engine:
+        """The same, its executables loaded from the artifact anew, and warm: one in the place of one that fails.
+
+        Args:
+            held: see `warm`.
 
         Raises:
             ArtifactError: the artifact was changed meanwhile, or its golden scores are not met any more.
@@ -115,8 +119,7 @@ class Engine:
         """
         again = copy.copy(self)
         again._settle(self.device, self._weights)
-        if len(self._weights) == len(self._specs):  # else golden requests find no hot rows
-            again.warm()
+        again.warm(held)
         return again
 
     @property
@@ -176,8 +179,11 @@ class Engine:
         kinds = {output_memory(executable) for executable in self._executables.values()}
         return ", ".join(sorted(kinds))
 
-    def warm(self) -> None:
+    def warm(self, held: Held | None = None) -> None:
         """Run every executable until it is in its steady state, and compare its scores with the golden set's.
+
+        Args:
+            held: hot rows, once they were handed over; before, there are those at first.
 
         Raises:
             ArtifactError: they differ by more than the manifest's tolerance.
@@ -189,7 +195,7 @@ class Engine:
                 raise ArtifactError(f"artifact {self._path}: no golden request fits bucket {bucket}")
             for number in range(max(WARM_RUNS, len(batches))):
                 begun = time.monotonic()
-                apart = self._replay(bucket, batches[number % len(batches)])
+                apart = self._replay(bucket, batches[number % len(batches)], held)
                 if self.beside:
                     time.sleep(time.monotonic() - begun)
                 if not apart <= self.manifest.golden_tolerance:
@@ -199,23 +205,23 @@ class Engine:
                     )
                 self.golden_difference = max(self.golden_difference, apart)
 
-    def _replay(self, bucket: Bucket, numbers: Sequence[int]) -> float:
+    def _replay(self, bucket: Bucket, numbers: Sequence[int], held: Held | None) -> float:
         """Largest difference of these golden requests' scores, run as one batch; see `Golden.apart`."""
         pieces = [whole(self.golden.records[i], self.packer.records) for i in numbers]
         try:
-            words, rows = self.packer.pack(pieces, bucket)
+            words, rows = self.packer.pack(pieces, bucket, None if held is None else held.places)
         except IndexError as error:
             raise ArtifactError(f"artifact {self._path}: a golden request has a row that is not there") from error
-        scores = self.run(bucket, words)
+        scores = self.run(bucket, words, None if held is None else held.rows[self.device])
         if scores.shape != (bucket.candidates, len(self.manifest.schema.tasks)) or scores.dtype != np.float32:
             raise ArtifactError(
                 f"artifact {self._path}: the executable of bucket {bucket} gives {scores.dtype}{list(scores.shape)}"
             )
         return max(self.golden.apart(scores[r], self.golden.scores[i]) for i, r in zip(numbers, rows, strict=True))
 
-    def run(self, bucket: Bucket, words: np.ndarray) -> np.ndarray:
-        """Scores float32[C_max, tasks] of one batch, waited for."""
-        return np.asarray(self.launch(bucket, words))
+    def run(self, bucket: Bucket, words: np.ndarray, hot: jax.Array | None = None) -> np.ndarray:
+        """Scores float32[C_max, tasks] of one batch, waited for; see `launch`."""
+        return np.asarray(self.launch(bucket, words, hot))
 
     def hand_over_hot_rows(self) -> jax.Array | None:
         """[hot rows, width], the rows of an item table in host memory that the device holds at first, if it holds any.

@@ -158,11 +158,18 @@ class Packer:
     def __init__(self, model: ModelConfig, schema: FeatureSchema, layout: Layout, records: RecordLayout) -> None:
         self.model, self.schema, self.layout, self.records = model, schema, layout, records
 
-    def pack(self, pieces: Sequence[Piece], bucket: Bucket) -> tuple[np.ndarray, list[slice]]:
-        """A slot's words, and the rows of its scores that belong to each piece."""
+    def pack(
+        self, pieces: Sequence[Piece], bucket: Bucket, places: np.ndarray | None = None
+    ) -> tuple[np.ndarray, list[slice]]:
+        """A slot's words, and the rows of its scores that belong to each piece.
+
+        Args:
+            places: see `RecordLayout.fill`; None: of the rows that the device holds at first.
+        """
         slot = served_slot(self.model, self.schema, self.layout, bucket)
         words = np.zeros(slot.words, np.int32)
-        return words, self.records.fill(slot.views(words), pieces, bucket, self.layout, self._places())
+        places = self._places() if places is None else places
+        return words, self.records.fill(slot.views(words), pieces, bucket, self.layout, places)
 
     def _places(self) -> np.ndarray | None:
         """Of the rows of an item table in host memory that the device holds at first."""

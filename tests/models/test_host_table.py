@@ -17,6 +17,8 @@ import pytest
 from flame_jax.config import Config, DispatchConfig, ModelConfig
 from flame_jax.dso.executor import Executor
 from flame_jax.dso.lanes import Lane, hand_over_hot_rows, make_lanes
+from flame_jax.dso.scheduler import BROKEN
+from flame_jax.dso.work import Done, Status
 from flame_jax.export import main
 from flame_jax.fke.artifact import Artifact, ArtifactError
 from flame_jax.fke.engine import Engine
@@ -24,7 +26,7 @@ from flame_jax.fke.manifest import ITEM_TABLE
 from flame_jax.host_table import host_table
 from flame_jax.models.serving import host_item_table, rank_function, served_slot, served_weights
 from flame_jax.pda.assembler import Assembler
-from flame_jax.pda.hot_rows import SAMPLE, HotRows
+from flame_jax.pda.hot_rows import SAMPLE, Held, HotRows
 from flame_jax.pda.page_lock import PageLock
 from flame_jax.record import Piece
 from flame_jax.server.live import LiveModel
@@ -182,6 +184,7 @@ def test_an_executor_scores_the_same_while_other_rows_are_held(tmp_path: Path, m
         another()
         assert changing.scores()[0].values.tobytes() == right.tobytes()
     assert len(chosen) > 3
+    assert engines[1].reloaded(hot.held).golden_difference == engines[0].golden_difference
 
     lanes_hold_the_same_rows(artifact, piece, right)
 
@@ -191,7 +194,7 @@ def test_an_executor_scores_the_same_while_other_rows_are_held(tmp_path: Path, m
         scored(counted, one)
     assert sum(counting.counted) == 2 * sum(len(items) for items in assembler.layout.items(small)), "no leftovers"
 
-    asyncio.run(served_while_rows_change(engines[2], piece, right))
+    asyncio.run(served_while_rows_change(engines[2], piece, right, monkeypatch))
     monkeypatch.setattr("flame_jax.server.live.Executor", lambda *_: 1 / 0)
     asyncio.run(failing_to_load(engines[3]))
 
@@ -223,7 +226,9 @@ def scored(executor: Executor, piece: Piece) -> np.ndarray:
     return executor.scores()[0].values
 
 
-async def served_while_rows_change(engine: Engine, piece: Piece, right: np.ndarray) -> None:
+async def served_while_rows_change(
+    engine: Engine, piece: Piece, right: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As the server serves it: a thread of the live version holds what its calls use."""
     config = dataclasses.replace(Config(), dispatch=DispatchConfig(hot_rows_seconds=0.01))
     live = LiveModel(
@@ -239,14 +244,42 @@ async def served_while_rows_change(engine: Engine, piece: Piece, right: np.ndarr
         first, until = live.hot.held, time.monotonic() + 20
         while live.hot.held is first or min(live.hot.counted) == 0:
             assert time.monotonic() < until
-            ticket, future = live.inbox.open()
-            live.dispatcher.submit(ticket, piece.record, time.monotonic_ns() + 10**10)
-            scores = (await future).scores
-            assert scores is not None
-            assert scores.tobytes() == right.tobytes()
+            assert answered_right(await answer(live, piece), right)
+        await lane_is_made_anew(live, piece, right, monkeypatch)
     finally:
         assert live.stop(5.0)
     assert not renewing()
+
+
+async def lane_is_made_anew(live: LiveModel, piece: Piece, right: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its only lane breaks while other rows are held than at first."""
+    checked, warm = [], Engine.warm
+
+    def spy(engine: Engine, held: Held | None = None) -> None:
+        warm(engine, held)
+        checked.append(engine.golden_difference)
+
+    monkeypatch.setattr(Engine, "warm", spy)
+    monkeypatch.setattr(live.engine, "_executables", {})
+    for _ in range(BROKEN):
+        assert (await answer(live, piece)).status is Status.FAILED
+    until = time.monotonic() + 20
+    while not live.dispatcher.lanes_alive:
+        assert time.monotonic() < until
+        await asyncio.sleep(0.01)
+    assert answered_right(await answer(live, piece), right)
+    assert len(checked) == 1
+    assert checked[0] <= live.manifest.golden_tolerance
+
+
+async def answer(live: LiveModel, piece: Piece) -> Done:
+    ticket, future = live.inbox.open()
+    live.dispatcher.submit(ticket, piece.record, time.monotonic_ns() + 10**10)
+    return await future
+
+
+def answered_right(done: Done, right: np.ndarray) -> bool:
+    return done.scores is not None and done.scores.tobytes() == right.tobytes()
 
 
 async def failing_to_load(engine: Engine) -> None:
