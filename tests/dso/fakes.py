@@ -32,6 +32,8 @@ SMALL, LARGE = Bucket(16, 8), Bucket(64, 32)
 LADDER = (SMALL, LARGE)
 PATIENCE = 20.0
 """Seconds after which a test gives up on something that should happen at once."""
+STAGES = ("fill", "launch", "scores")
+"""Of a batch."""
 
 
 def record(ticket: int, *, history: int = 3, candidates: int = 4) -> np.ndarray:
@@ -331,3 +333,9 @@ def ok(done: Done, candidates: int = 4) -> bool:
     if done.status is not Status.OK or done.scores is None:
         return False
     return done.scores.dtype == np.float32 and np.array_equal(done.scores, expected(done.ticket, candidates))
+
+
+def wait_until(deadline_ns: int) -> None:
+    """Until the clock of time.monotonic_ns() has passed it."""
+    while (left := deadline_ns - time.monotonic_ns()) >= 0:
+        time.sleep(left / 1e9 + 1e-4)

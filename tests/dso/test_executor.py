@@ -14,7 +14,7 @@ from flame_jax.packing import Bucket, slot_layout
 from flame_jax.pda.page_lock import PageLock
 from flame_jax.pda.staging import SlotBusy
 from flame_jax.record import Piece
-from tests.dso.fakes import LAYOUT, RECORDS, SCHEMA, SMALL, expected, record
+from tests.dso.fakes import LAYOUT, RECORDS, SCHEMA, SMALL, STAGES, expected, record
 
 FIELDS = slot_layout(SCHEMA, LAYOUT, SMALL)
 
@@ -107,7 +107,7 @@ def test_who_fills_a_slot_in_flight_is_refused_and_spoils_nothing(executor: Exec
     np.testing.assert_array_equal(executor.scores()[0].values, expected(8))
 
 
-@pytest.mark.parametrize("stage", ["fill", "launch", "scores"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_batch_that_fails_frees_its_slot(executor: Executor, engine: SlowEngine, stage: str) -> None:
     error = RuntimeError("no")
     too_many = [piece(1, 8), piece(2, 8)]
