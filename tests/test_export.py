@@ -9,6 +9,7 @@ import shutil
 from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -299,8 +300,8 @@ def test_verify_fails_what_is_not_invariant_or_not_golden(
 ) -> None:
     real, calls = Engine.run, count()
 
-    def wrong(self: Engine, bucket: Bucket, words: np.ndarray) -> np.ndarray:
-        scores, number = real(self, bucket, words), next(calls)
+    def wrong(self: Engine, *batch: Any) -> np.ndarray:
+        scores, number = real(self, *batch), next(calls)
         return scores * np.float32(0.8) if spoil == "golden" or number % 2 else scores
 
     monkeypatch.setattr(Engine, "run", wrong)
@@ -315,7 +316,7 @@ def test_a_build_whose_executables_score_wrongly_is_not_put_in_place(
     tiny.save_artifact(Path(saved.export.artifact))
     before = Artifact(saved.export.artifact).digest
     real = Engine.run
-    monkeypatch.setattr(Engine, "run", lambda self, bucket, words: real(self, bucket, words) * np.float32(0.5))
+    monkeypatch.setattr(Engine, "run", lambda self, *batch: real(self, *batch) * np.float32(0.5))
     with pytest.raises(ArtifactError, match="spread off"):
         build(saved, load_checkpoint(saved.train.checkpoint), tiny.builder())
     assert Artifact(saved.export.artifact).digest == before

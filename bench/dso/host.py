@@ -40,7 +40,7 @@ def measure(progress: Callable[[str], None], *, seconds: float) -> dict[str, Any
                 rows.append({"lanes": lanes, "load": share} | sends.open(share * most.answered, seconds)._asdict())
         system.stop()
         progress(f"{lanes} lanes: {most.host_us_per_batch:.0f} us a batch of {most.requests_per_batch:.1f} requests")
-    return {"host": rows, "switch_intervals": _intervals(config, mix, seconds / 2)}
+    return {"loads": rows, "switch_intervals": _intervals(config, mix, seconds / 2)}
 
 
 def _intervals(config: Config, mix: Mix, seconds: float) -> list[dict[str, float]]:
@@ -63,7 +63,7 @@ def _intervals(config: Config, mix: Mix, seconds: float) -> list[dict[str, float
 
 def table(result: Mapping[str, Any]) -> str:
     """Markdown."""
-    rows: Sequence[Mapping[str, Any]] = result["host"]
+    rows: Sequence[Mapping[str, Any]] = result["loads"]
     lines = [
         "| lanes | load | requests/s | requests a batch | us a batch | us a request to hand in | mean ms | P99 ms |"
     ]

@@ -6,6 +6,7 @@ import logging
 import statistics
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -20,9 +21,11 @@ from flame_jax.packing import Bucket
 from flame_jax.pjrt import same_hardware
 
 RUNS = 5
-"""Batches of each bucket on each lane: the median counts."""
-WORTH = 1.1
-"""How many times as fast more lanes must be to be taken: each takes memory, and its threads turns of Python's lock."""
+"""Of everything that is measured: the median counts."""
+BATCHES = 8
+"""On each lane, one behind the other, when numbers of lanes are compared."""
+WORTH = 1.05
+"""How many times as fast more lanes must be to be taken."""
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +42,13 @@ def start_lanes(engine: Engine, config: DispatchConfig, devices: Sequence[jax.De
         ArtifactError, jax.errors.JaxRuntimeError: see `make_lanes`.
     """
     lanes = make_lanes(engine, config.most_lanes, devices, memory=config.lane_memory)
-    measured = calibrate([lane.engine for lane in lanes if same_hardware(lane.device, devices[0])])
+    engines = [lane.engine for lane in _of(lanes, devices[0])]
+    measured = calibrate(engines)
     if config.lanes == "auto":
-        count = best_count(measured)
-        log.info("%d lanes a device: rates beside one lane are %s", count, rates(measured))
+        compared = rates(engines, measured, config.executors)
+        count = best_count(compared)
+        told = ", ".join(f"{rate:.2f} with {number}" for number, rate in compared.items())
+        log.info("%d lanes a device: batches a second beside one lane are %s", count, told)
         lanes = [lane for device in devices for lane in _of(lanes, device)[:count]]
         lanes = [Lane(lane.engine, index, lane.device) for index, lane in enumerate(lanes)]
         measured = {bucket: seconds[:count] for bucket, seconds in measured.items()}
@@ -58,24 +64,22 @@ def _of(lanes: Sequence[Lane], device: jax.Device) -> list[Lane]:
     return [lane for lane in lanes if same_hardware(lane.device, device)]
 
 
-def rates(measured: Mapping[Bucket, Sequence[float]]) -> dict[int, float]:
-    """By the number of lanes, how many times as many tokens a second they run as one, each in the bucket of which it
-    runs the most.
+def rates(engines: Sequence[Engine], measured: Measured, depth: int) -> dict[int, float]:
+    """By the number of lanes, how many times as many batches a second they run as one, each with `depth` under way.
 
-    What more lanes gain on small buckets counts for nothing: where there is enough to do, batches are large.
+    In the bucket in which a batch costs one lane the least per token row. What more lanes gain on others counts for
+    nothing: where there is enough to do, batches are of that one.
     """
-    counts = [count for count in AUTO_LANES if count <= min(len(seconds) for seconds in measured.values())]
-    most = {count: max(count * b.tokens / s[count - 1] for b, s in measured.items()) for count in counts}
-    return {count: round(rate / most[1], 2) for count, rate in most.items()}
+    bucket = min(measured, key=lambda bucket: measured[bucket][0] / bucket.tokens)
+    words = _golden_words(engines[0], bucket)
+    counts = [count for count in AUTO_LANES if count <= len(engines)]
+    seconds = {count: _seconds(engines[:count], bucket, words, batches=BATCHES, depth=depth) for count in counts}
+    return {count: count * seconds[1] / taken for count, taken in seconds.items()}
 
 
-def best_count(measured: Mapping[Bucket, Sequence[float]]) -> int:
-    """The fewest lanes that are not clearly slower than more of them."""
-    best, fastest = 1, 1.0
-    for count, rate in rates(measured).items():
-        if rate > WORTH * fastest:
-            best, fastest = count, rate
-    return best
+def best_count(rates: Mapping[int, float]) -> int:
+    """The fewest lanes that no other number clearly beats."""
+    return min(count for count, rate in rates.items() if WORTH * rate >= max(rates.values()))
 
 
 def calibrate(engines: Sequence[Engine]) -> Measured:
@@ -93,7 +97,10 @@ def _golden_words(engine: Engine, bucket: Bucket) -> np.ndarray:
     return engine.packer.pack([whole(engine.golden.records[n], engine.packer.records) for n in numbers], bucket)[0]
 
 
-def _seconds(engines: Sequence[Engine], bucket: Bucket, words: np.ndarray) -> float:
+def _seconds(
+    engines: Sequence[Engine], bucket: Bucket, words: np.ndarray, *, batches: int = 1, depth: int = 1
+) -> float:
+    """Until each lane has run so many batches, `depth` of them under way."""
     together = threading.Barrier(len(engines))
 
     def run(engine: Engine) -> list[float]:
@@ -103,7 +110,7 @@ def _seconds(engines: Sequence[Engine], bucket: Bucket, words: np.ndarray) -> fl
             for _ in range(RUNS):
                 together.wait()
                 begun = time.monotonic()
-                engine.run(bucket, words)
+                _run(engine, bucket, words, batches, depth)
                 together.wait()
                 taken.append(time.monotonic() - begun)
                 if engine.beside:
@@ -118,3 +125,13 @@ def _seconds(engines: Sequence[Engine], bucket: Bucket, words: np.ndarray) -> fl
     with ThreadPoolExecutor(len(engines)) as pool:
         first, *_ = list(pool.map(run, engines))
         return statistics.median(first)
+
+
+def _run(engine: Engine, bucket: Bucket, words: np.ndarray, batches: int, depth: int) -> None:
+    under_way: deque[jax.Array] = deque()
+    for _ in range(batches):
+        if len(under_way) == depth:
+            np.asarray(under_way.popleft())
+        under_way.append(engine.launch(bucket, words))
+    for scores in under_way:
+        np.asarray(scores)

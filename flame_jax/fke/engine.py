@@ -183,11 +183,12 @@ class Engine:
         """Run every executable until it is in its steady state, and compare its scores with the golden set's.
 
         Args:
-            held: hot rows, once they were handed over; before, there are those at first.
+            held: of an item table, once its hot rows were handed over; None before.
 
         Raises:
             ArtifactError: they differ by more than the manifest's tolerance.
         """
+        assert held is not None or len(self._weights) == len(self._specs), "hot rows were handed over"
         self.golden_difference = 0.0
         for bucket in self.slots:
             batches = self.packer.batches(self.golden, bucket)
@@ -208,11 +209,12 @@ class Engine:
     def _replay(self, bucket: Bucket, numbers: Sequence[int], held: Held | None) -> float:
         """Largest difference of these golden requests' scores, run as one batch; see `Golden.apart`."""
         pieces = [whole(self.golden.records[i], self.packer.records) for i in numbers]
+        places, hot = (None, None) if held is None else (held.places, held.rows[self.device])
         try:
-            words, rows = self.packer.pack(pieces, bucket, None if held is None else held.places)
+            words, rows = self.packer.pack(pieces, bucket, places)
         except IndexError as error:
             raise ArtifactError(f"artifact {self._path}: a golden request has a row that is not there") from error
-        scores = self.run(bucket, words, None if held is None else held.rows[self.device])
+        scores = self.run(bucket, words, hot)
         if scores.shape != (bucket.candidates, len(self.manifest.schema.tasks)) or scores.dtype != np.float32:
             raise ArtifactError(
                 f"artifact {self._path}: the executable of bucket {bucket} gives {scores.dtype}{list(scores.shape)}"

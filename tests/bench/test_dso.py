@@ -118,8 +118,8 @@ def test_host_costs_are_of_real_threads(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(host, "ROUNDS", 1)
     before = sys.getswitchinterval()
     result = host.measure(lambda _: None, seconds=0.2)
-    assert [row["load"] for row in result["host"]] == ["most", 0.5]
-    assert all(row["host_us_per_batch"] > 0 and row["host_us_per_request"] > 0 for row in result["host"])
+    assert [row["load"] for row in result["loads"]] == ["most", 0.5]
+    assert all(row["host_us_per_batch"] > 0 and row["host_us_per_request"] > 0 for row in result["loads"])
     assert [row["seconds"] for row in result["switch_intervals"]] == [*host.INTERVALS]
     assert sys.getswitchinterval() == before
     assert host.table(result).count("\n") == 3 + 3 + len(host.INTERVALS)
