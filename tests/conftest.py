@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,21 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 
+COMPILED_QUICKLY = {"bench", "models", "pallas_kernels", "training"}
+"""Folders whose tests check mathematics, or a program's logic, and no program as it is shipped."""
+
 settings.register_profile("flame", deadline=None)  # timings pass and fail nothing
 settings.load_profile("flame")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def optimization(request: pytest.FixtureRequest) -> Iterator[None]:
+    """XLA's default between modules, where fixtures of the whole run are made."""
+    from tests.compiling import compiling
+
+    folder = request.path.relative_to(Path(__file__).parent).parts[0]
+    with compiling(quickly=folder in COMPILED_QUICKLY):
+        yield
 
 
 @pytest.fixture(scope="session")

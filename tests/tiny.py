@@ -41,6 +41,7 @@ from flame_jax.request import History, RankRequest
 from flame_jax.schema import Block, Feature, FeatureSchema
 from flame_jax.training import loop
 from flame_jax.vocabulary import Vocabularies, Vocabulary
+from tests.compiling import compiling
 
 USERS, ITEMS, ACTIONS = 30, 40, 5
 
@@ -237,6 +238,7 @@ class Run:
 
 
 @cache
+@compiling(quickly=False)  # by whichever test comes first, and other runs are compared with it to a few bits
 def trained_run() -> Run:
     """Train on a store of planted preferences; its folders must not be changed."""
     folder = temporary_folder()
