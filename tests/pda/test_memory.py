@@ -89,7 +89,7 @@ def test_ten_thousand_requests_leave_nothing_behind(tmp_path: Path) -> None:
 
 
 class LineByLine:
-    """Bytes that each line of the engine allocated at one moment, at most."""
+    """Bytes that were allocated at one moment while a line of the engine ran, at most: by it, or by other threads."""
 
     def __init__(self) -> None:
         self.most: dict[tuple[str, int], int] = {}
@@ -136,14 +136,20 @@ def test_a_request_of_512_events_and_512_candidates_makes_no_buffer_of_its_own_o
         pool.give(record)
 
     serve(*request())
-    told, asked, lines = sys.gettrace(), [request() for _ in range(5)], LineByLine()
+    told, asked, rounds = sys.gettrace(), [request() for _ in range(5)], [LineByLine() for _ in range(5)]
+    gc.disable()  # callbacks and finalizers would count for the line that sets them off
     tracemalloc.start()
-    sys.settrace(lines)
     try:
-        for each in asked:
+        for each, lines in zip(asked, rounds, strict=True):
+            sys.settrace(lines)
             serve(*each)
+            sys.settrace(told)
     finally:
         sys.settrace(told)
         tracemalloc.stop()
-    assert any(file == "record.py" for file, _ in lines.most)
-    assert {line: most for line, most in lines.most.items() if most > BUFFER + OBJECTS} == {}
+        gc.enable()
+    # What other threads allocate does not come at the same line of every request.
+    reached = set().union(*(lines.most for lines in rounds))
+    least = {line: min(lines.most[line] for lines in rounds if line in lines.most) for line in reached}
+    assert any(file == "record.py" for file, _ in least)
+    assert {line: bytes for line, bytes in least.items() if bytes > BUFFER + OBJECTS} == {}
